@@ -1,0 +1,262 @@
+"""`RedundancyCodebook`: the prototypes of redundant visual tokens, and their Hub artifact (one safetensors, one
+JSON)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .pruning import SCORERS, PruningConfig, select_tokens
+
+
+WEIGHTS_NAME = "codebook.safetensors"
+CARD_NAME = "codebook.json"
+FORMAT_VERSION = 1
+
+
+class RedundancyCodebook(nn.Module):
+    """Prototypes of redundant visual tokens in a language model's embedding space (arXiv 2503.20540, section on
+    inference).
+
+    The prototypes stay float32 whatever the rest of a model is cast to, so that kept sets do not depend on its dtype.
+
+    Args:
+        prototypes (`torch.Tensor` of shape `(n, d)`): floating point; finite, no zero rows.
+        base_model (`str`, *optional*): Hub id of the model whose visual tokens they are.
+        recommended_keep_ratio (`float`, *optional*): share to keep that this codebook was tuned for.
+        recommended_threshold (`float`, *optional*): cosine threshold that it was tuned for.
+        built_with (`dict`, *optional*): how it was made (recipe, data, source); JSON types only.
+
+    Raises:
+        ValueError: if `prototypes` is not such a matrix, in a sentence that says why.
+    """
+
+    def __init__(
+        self,
+        prototypes: torch.Tensor,
+        base_model: str | None = None,
+        recommended_keep_ratio: float | None = None,
+        recommended_threshold: float | None = None,
+        built_with: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        _check_prototypes(prototypes)
+        for setting in ({"keep_ratio": recommended_keep_ratio}, {"threshold": recommended_threshold}):
+            if None not in setting.values():
+                PruningConfig(**setting)  # raises for a value out of range
+        self.base_model = base_model
+        self.recommended_keep_ratio = recommended_keep_ratio
+        self.recommended_threshold = recommended_threshold
+        self.built_with = built_with or {}
+        self.register_buffer("prototypes", prototypes.detach().to(torch.float32, copy=True).contiguous())
+        self.register_buffer("unit_prototypes", torch.empty(0), persistent=False)
+        self.normalise()
+        self.register_load_state_dict_post_hook(lambda module, _: module.normalise())
+
+    @classmethod
+    def uninitialised(cls, num_prototypes: int, width: int) -> RedundancyCodebook:
+        """A codebook to load weights into. It holds NaN until then, and `score` would show it."""
+        codebook = cls.__new__(cls)
+        with torch.device("cpu"):
+            cls.__init__(codebook, torch.ones(num_prototypes, width))
+        device = torch.empty(0).device  # `meta` while transformers builds a model to load
+        codebook.prototypes = torch.full((num_prototypes, width), torch.nan, dtype=torch.float32, device=device)
+        codebook.normalise()
+        return codebook
+
+    @property
+    def recommended_pruning(self) -> PruningConfig | None:
+        """The setting it was tuned for, its keep ratio first (counts known in advance); None if there is none."""
+        if self.recommended_keep_ratio is not None:
+            return PruningConfig(keep_ratio=self.recommended_keep_ratio)
+        return None if self.recommended_threshold is None else PruningConfig(threshold=self.recommended_threshold)
+
+    def normalise(self) -> None:
+        """Refresh the unit-length copy that scores use. Call it after changing `prototypes` in place."""
+        self.unit_prototypes = nn.functional.normalize(self.prototypes, dim=-1)
+
+    @torch.no_grad()
+    def score(self, tokens: torch.Tensor, kind: str = "cosine") -> torch.Tensor:
+        """How redundant each token is.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(L, d)`): visual tokens of one image, any floating dtype.
+            kind (`str`): a key of [`~transformers_rbl.pruning.SCORERS`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(L,)`, on the tokens' device; higher is more redundant.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.prototypes.shape[1]:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} do not fit a codebook of width {self.prototypes.shape[1]}: "
+                f"(L, {self.prototypes.shape[1]}) is expected."
+            )
+        # Autocast would turn the product to half precision.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return SCORERS[kind](tokens.detach().float(), self.unit_prototypes.to(tokens.device))
+
+    def keep_mask(self, tokens: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
+        """Which of one image's tokens `(L, d)` stay under `pruning`: `torch.BoolTensor` of shape `(L,)`."""
+        if not pruning.enabled:
+            return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        return select_tokens(self.score(tokens, pruning.score), pruning)
+
+    def without_duplicates(self) -> RedundancyCodebook:
+        """The same codebook without exactly repeated rows (first ones stay, in order). All scores stay the same."""
+        _, group = self.prototypes.unique(dim=0, return_inverse=True)
+        first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
+        first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
+        return RedundancyCodebook(self.prototypes[first.sort().values], **self._metadata())
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `codebook.safetensors` and `codebook.json` to a folder, made if missing."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"prototypes": self.prototypes.cpu()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        count, width = self.prototypes.shape
+        card = {"version": FORMAT_VERSION, "num_prototypes": count, "width": width, **self._metadata()}
+        (folder / CARD_NAME).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> RedundancyCodebook:
+        """Read a codebook from a folder or from the Hub. Only safetensors is read.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder that `save_pretrained` wrote, or a Hub id.
+            revision, token, cache_dir, local_files_only, force_download: as in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            OSError: if a file is missing or cannot be read.
+            ValueError: if its content is not a codebook; the message names the file.
+        """
+        name = str(pretrained_model_name_or_path)
+
+        def find(filename):
+            if os.path.isdir(name):
+                return Path(name, filename)
+            return Path(
+                hf_hub_download(
+                    name, filename, revision=revision, token=token, cache_dir=cache_dir,
+                    local_files_only=local_files_only, force_download=force_download,
+                )
+            )  # fmt: skip
+
+        if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~"))):
+            raise OSError(f"{name} is no folder with a codebook ({CARD_NAME} and {WEIGHTS_NAME}), nor a Hub id.")
+        return cls._read(find(CARD_NAME), find(WEIGHTS_NAME))
+
+    @classmethod
+    def _read(cls, card_file: Path, weights_file: Path) -> RedundancyCodebook:
+        for file in (card_file, weights_file):
+            if not file.is_file():
+                raise OSError(f"{file} is missing: a codebook folder holds {CARD_NAME} and {WEIGHTS_NAME}.")
+        try:
+            card = json.loads(card_file.read_text(encoding="utf-8"))
+            shape = (card.pop("num_prototypes"), card.pop("width"))
+            version = card.pop("version")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{card_file} is no codebook description ({error!r}); download or build it again."
+            ) from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{card_file} has format version {version}, this library reads {FORMAT_VERSION}: upgrade it."
+            )
+        try:
+            tensors = load_file(weights_file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{weights_file} is truncated or no safetensors file ({error}); download it again."
+            ) from error
+        if set(tensors) != {"prototypes"} or tuple(tensors["prototypes"].shape) != shape:
+            found = {key: tuple(value.shape) for key, value in tensors.items()}
+            raise ValueError(
+                f"{weights_file} holds {found}, but {card_file.name} announces prototypes of shape {shape}."
+            )
+        known = {"base_model", "recommended_keep_ratio", "recommended_threshold", "built_with"}
+        if unknown := sorted(set(card) - known):
+            raise ValueError(f"{card_file} has unknown field(s) {', '.join(unknown)}: written by a newer version?")
+        try:
+            return cls(tensors["prototypes"], **card)
+        except ValueError as error:
+            raise ValueError(f"{weights_file.parent} holds no valid codebook: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload codebook",
+    ):
+        """Upload the codebook to a model repository on the Hub, made if missing. Arguments as in `HfApi.upload_folder`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "base_model": self.base_model,
+            "recommended_keep_ratio": self.recommended_keep_ratio,
+            "recommended_threshold": self.recommended_threshold,
+            "built_with": self.built_with,
+        }
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow a move to another device, but never a cast: `.to(bfloat16)` and back would change the prototypes."""
+
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        count, width = self.prototypes.shape
+        return f"{count} prototypes of width {width}, base_model={self.base_model!r}"
+
+
+def _check_prototypes(prototypes: torch.Tensor) -> None:
+    if not isinstance(prototypes, torch.Tensor) or prototypes.ndim != 2 or 0 in prototypes.shape:
+        found = tuple(prototypes.shape) if isinstance(prototypes, torch.Tensor) else type(prototypes).__name__
+        raise ValueError(f"A codebook is a tensor of prototypes (n, d), with n and d at least 1; got {found}.")
+    if not prototypes.is_floating_point():
+        raise ValueError(f"Prototypes must be floating point, got {prototypes.dtype}.")
+    if bad := int((~prototypes.isfinite()).any(-1).sum()):
+        raise ValueError(f"{bad} of {len(prototypes)} prototypes hold NaN or infinite values.")
+    if bad := int((prototypes == 0).all(-1).sum()):
+        raise ValueError(
+            f"{bad} of {len(prototypes)} prototypes are zero, and a zero vector has no direction to compare with."
+        )

@@ -1,0 +1,59 @@
+"""Configs of the pruned models: the stock config, plus the pruning settings and the shape of the codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import LlavaNextConfig
+
+from .pruning import PruningConfig
+
+
+@dataclass(kw_only=True, repr=False, eq=False, init=False)  # so that the configs below inherit these fields
+class RBLConfigMixin:
+    """What a pruned model's config adds to the stock one.
+
+    Args:
+        pruning (`dict`, *optional*): fields of [`PruningConfig`]; None leaves the model as the stock one.
+        num_prototypes (`int`, *optional*): rows of the codebook in the checkpoint; None if it has none.
+        base_model (`str`, *optional*): Hub id of the stock checkpoint that the weights come from.
+        full_length_logits (`bool`, defaults to `False`): `forward` returns logits at the length of the original prompt
+            (dropped positions repeat the last kept one before them) instead of compact ones. Costs memory; for code
+            that pairs `logits` with its own full-length labels, such as `Trainer` with label smoothing.
+    """
+
+    # Trainer gathers every other output as a prediction: the logits stay, then the labels that belong to them.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "image_hidden_states", "video_hidden_states", "keep_masks", "video_keep_masks", "prompt_mask"
+    ]  # fmt: skip
+
+    pruning: dict | None = None
+    num_prototypes: int | None = None
+    base_model: str | None = None
+    full_length_logits: bool = False
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As stock, but a stock checkpoint's model type becomes this class's: reading one here is the normal path."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == cls.stock_model_type():
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @classmethod
+    def stock_model_type(cls) -> str:
+        return cls.model_type.removesuffix("_rbl")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if isinstance(self.pruning, PruningConfig):
+            output["pruning"] = self.pruning.to_dict()
+        return output
+
+
+class LlavaNextRBLConfig(RBLConfigMixin, LlavaNextConfig):
+    model_type = "llava_next_rbl"
+
+
+__all__ = ["LlavaNextRBLConfig"]

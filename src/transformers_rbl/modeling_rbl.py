@@ -1,0 +1,411 @@
+"""How transformers is taught to prune: visual features lose redundant tokens, the prompt loses their placeholders.
+
+`RBLModelMixin`, for headless models, prunes what `get_image_features` returns and says what it kept (`keep_masks`).
+Full models compact the prompt in `forward` in the same way (`RBLMixin`), and in `generate` (`generation_rbl.py`). Features
+that carry `keep_masks` belong to a prompt with all its placeholders, features without to one that fits them already.
+"""
+
+import functools
+import inspect
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from .codebook import RedundancyCodebook
+from .loading import check_base_model, inherit_key_conversion, missing_weights
+from .prompt import CachedPrompt, PromptPlan, check_placeholders, scatter_to_prompt
+from .pruning import BASE, NEWLINE, PATCH, PruningConfig, keep_newlines
+
+
+logger = logging.get_logger(__name__)
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
+# What else runs along the prompt, and what stands at padding.
+ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+PRUNING_DOC = """
+
+    A pruned model takes one more argument:
+
+        pruning ([`PruningConfig`] or `dict`, *optional*): settings for this call in place of the model's own;
+            `PruningConfig(enabled=False)` gives the stock model's answer.
+"""
+
+
+def with_pruning(stock, pruned):
+    """`pruned(self, stock, call, pruning)` as a method with the signature of `stock`, plus `pruning`.
+
+    transformers and Trainer read signatures to learn what a model takes, so parameters must not hide behind `**kwargs`.
+    """
+    signature = inspect.signature(stock)
+    parameters = list(signature.parameters.values())
+    names = [parameter.name for parameter in parameters[1:]]
+    extra = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+
+    @functools.wraps(stock)
+    def method(self, *args, pruning=None, **kwargs):
+        if args:
+            signature.bind(self, *args, **kwargs)  # a TypeError for surplus or repeated arguments
+        return pruned(self, stock, {**dict(zip(names, args)), **kwargs}, pruning)
+
+    method.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
+    method.__doc__ = (stock.__doc__ or "") + PRUNING_DOC
+    return method
+
+
+class RBLMixin:
+    """What the headless and the full class share: loading, settings, and prompt compaction in `forward`."""
+
+    _keep_in_fp32_modules_strict = {"codebook"}
+
+    def __init_subclass__(cls, stock=None, **kwargs):
+        """`stock` is the class that this one prunes: its methods are taken over, and its checkpoints are read as it
+        does."""
+        super().__init_subclass__(**kwargs)
+        if stock is not None:
+            cls.stock = stock
+            cls.forward = with_pruning(stock.forward, RBLMixin._forward)
+            inherit_key_conversion(cls, stock)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        codebook=None,
+        keep_ratio: float | None = None,
+        threshold: float | None = None,
+        pruning: PruningConfig | dict | None = None,
+        check_base: bool = True,
+        **kwargs,
+    ):
+        """Load a stock checkpoint with a codebook, or a checkpoint that this class saved.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): as in transformers.
+            codebook ([`RedundancyCodebook`], `str` or `os.PathLike`, *optional*): the object, a folder or a Hub id;
+                replaces the checkpoint's own.
+            keep_ratio, threshold (`float`, *optional*): one of them, in place of the saved setting. Without either, a
+                new codebook's recommended setting is used (its keep ratio first).
+            pruning ([`PruningConfig`] or `dict`, *optional*): all settings at once, in place of
+                `keep_ratio`/`threshold`.
+            check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
+            kwargs: everything that transformers' `from_pretrained` takes.
+
+        Raises:
+            ValueError: for settings or a codebook that do not fit, and if the checkpoint lacks a weight that the
+            forward
+                pass reads (transformers would fill it with random numbers).
+        """
+        if pruning is None and (keep_ratio is not None or threshold is not None):
+            pruning = PruningConfig(keep_ratio=keep_ratio, threshold=threshold)
+        elif keep_ratio is not None or threshold is not None:
+            raise ValueError("Give either pruning=PruningConfig(…) or keep_ratio=/threshold=, not both.")
+        if codebook is not None and not isinstance(codebook, RedundancyCodebook):
+            codebook = RedundancyCodebook.from_pretrained(codebook)
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+            kwargs["config"] = cls.config_class.from_dict(
+                {**config.to_dict(), "model_type": cls.config_class.model_type}
+            )
+        with_info = kwargs.pop("output_loading_info", False)
+
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = missing_weights(model, info["missing_keys"])
+        if codebook is not None:  # it takes the place of one in the checkpoint
+            missing = [key for key in missing if not key.endswith("codebook.prototypes")]
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold every weight of {cls.__name__}; transformers has left random "
+                f"numbers in: {', '.join(missing)}."
+            )
+        model._settle(codebook, pruning, check_base)
+        return (model, info) if with_info else model
+
+    def _settle(self, codebook, pruning, check_base: bool) -> None:
+        """After loading: give the codebook its place, the config its settings, and refuse what does not fit."""
+        name = self.config.name_or_path or ""
+        if self.config.base_model is None and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            self.config.base_model = name
+        if codebook is not None:
+            if check_base:
+                check_base_model(codebook, self.config.base_model)
+            if pruning is None and self.config.pruning is None:
+                pruning = codebook.recommended_pruning
+                if pruning is None:
+                    logger.warning(
+                        "The codebook recommends no setting and none was given, so pruning stays off: pass keep_ratio=, "
+                        "threshold= or pruning=, here or per call."
+                    )
+        if (codebook := codebook or self.base_model.codebook) is not None:
+            self.set_codebook(codebook)
+        if pruning is not None:
+            self.pruning = pruning
+        self._active_pruning(None)  # saved settings that are broken, or lack their codebook, end here
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        """The settings in force, None if there are none. Assign a [`PruningConfig`] (or None) to change them."""
+        return None if self.config.pruning is None else PruningConfig.from_dict(self.config.pruning)
+
+    @pruning.setter
+    def pruning(self, settings: PruningConfig | dict | None):
+        self.config.pruning = None if settings is None else PruningConfig.from_dict(settings).to_dict()
+
+    def set_codebook(self, codebook: RedundancyCodebook) -> None:
+        """Prune with this codebook from now on; `save_pretrained` will include it.
+
+        Raises:
+            ValueError: if its width is not the language model's.
+        """
+        width, expected = codebook.prototypes.shape[1], self.config.get_text_config().hidden_size
+        if width != expected:
+            made_for = f" (made for {codebook.base_model})" if codebook.base_model else ""
+            raise ValueError(
+                f"The codebook's prototypes have width {width}{made_for}, but this language model's embeddings have width "
+                f"{expected}: it belongs to another model."
+            )
+        device = next(self.base_model.multi_modal_projector.parameters()).device
+        self.base_model.register_module("codebook", codebook if device.type == "meta" else codebook.to(device))
+        codebook.normalise()
+        self.config.num_prototypes = len(codebook.prototypes)
+
+    def _active_pruning(self, pruning: PruningConfig | dict | None) -> PruningConfig | None:
+        """The settings of a call, None if pruning is off."""
+        pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
+        if pruning is None or not pruning.enabled:
+            return None
+        if self.base_model.codebook is None:
+            raise ValueError(
+                "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), or "
+                "switch pruning off with PruningConfig(enabled=False)."
+            )
+        return pruning
+
+    def _prunes(self, call: dict, pruning) -> bool:
+        """Whether there is something to prune, or pruned already, in this call."""
+        given = [output for output in (call.get("mm_encoder_outputs") or {}).values() if output is not None]
+        if any(mask in output for output in given for mask in MASKS.values()):
+            return True
+        has_pixels = any(call.get(pixels) is not None for pixels in PIXELS.values())
+        return has_pixels and (pruning is not None or self._active_pruning(None) is not None)
+
+    def _encode(self, call: dict, pruning) -> dict:
+        """Visual features by modality, encoded here or passed in. Their arguments leave `call`."""
+        features = {
+            key: value for key, value in (call.pop("mm_encoder_outputs", None) or {}).items() if value is not None
+        }
+        if features and pruning is not None:
+            raise ValueError("mm_encoder_outputs are encoded already: give pruning= to get_image_features instead.")
+        spent = set()
+        for modality, pixels in PIXELS.items():
+            encode = getattr(self.base_model, f"get_{modality}_features", None)
+            if encode is None:
+                continue
+            names = inspect.signature(encode).parameters.keys() - {"kwargs", "pruning"}
+            spent |= names
+            if call.get(pixels) is None or len(call[pixels]) == 0:
+                continue
+            if modality in features:
+                raise ValueError(f"Give either {pixels} or mm_encoder_outputs for the {modality}s, not both.")
+            arguments = {name: call[name] for name in names if call.get(name) is not None}
+            features[modality] = encode(**arguments, pruning=pruning, return_dict=True)
+        for name in spent:
+            call.pop(name, None)
+        return features
+
+    def _placeholders(self, modality: str, input_ids, inputs_embeds) -> torch.Tensor:
+        """`(batch, L)` bool: where the prompt waits for visual tokens."""
+        token_id = getattr(self.config, f"{modality}_token_id")
+        if input_ids is not None:
+            return input_ids == token_id
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _dropped(self, features: dict, input_ids, inputs_embeds) -> torch.Tensor:
+        """`(batch, L)` bool: placeholders of dropped visual tokens. Placeholders and images that do not match raise."""
+        prompt = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        dropped = torch.zeros(prompt.shape, dtype=torch.bool, device=prompt.device)
+        for modality, key in MASKS.items():
+            if key not in features.get(modality, {}):
+                continue
+            masks = features[modality][key]
+            slots = self._placeholders(modality, input_ids, inputs_embeds)
+            check_placeholders(slots, [len(mask) for mask in masks], modality)
+            dropped[slots] = ~torch.cat(list(masks)).to(dropped.device)
+        return dropped
+
+    def _compact(self, call: dict, plan: PromptPlan) -> None:
+        """Take dropped placeholders out of everything in `call` that runs along the prompt."""
+        for name in ("shift_labels", "cu_seq_lens_q", "cu_seq_lens_k"):
+            if call.get(name) is not None:
+                raise ValueError(f"{name} describes the unpruned prompt and cannot be used with pruning.")
+        length = plan.kept.shape[1]
+        if call.get("attention_mask") is not None or not plan.attention_mask.all():
+            dtype = torch.long if call.get("attention_mask") is None else call["attention_mask"].dtype
+            call["attention_mask"] = plan.attention_mask.to(dtype)
+        positions = call.get("position_ids")
+        call["position_ids"] = plan.positions(None if positions is None else positions[..., -length:])
+        if call.get("input_ids") is not None:
+            call["input_ids"] = plan.take(call["input_ids"], fill=self._padding_id())
+        if call.get("inputs_embeds") is not None:
+            call["inputs_embeds"] = plan.take(call["inputs_embeds"])
+        for name, fill in ALIGNED.items():
+            if call.get(name) is not None:
+                call[name] = plan.take(call[name][..., -length:], fill)
+
+    def _padding_id(self) -> int:
+        """An id for padding; not a placeholder's."""
+        placeholders = {getattr(self.config, f"{modality}_token_id", None) for modality in PIXELS}
+        candidates = (self.config.get_text_config().pad_token_id, 0, 1, 2)
+        return next(token for token in candidates if token is not None and token not in placeholders)
+
+    def _forward(self, stock, call: dict, pruning):
+        """`forward` of both classes: encode, compact, run the stock forward on what is left, say what was kept."""
+        cache = call.get("past_key_values")
+        memory = CachedPrompt.of(cache)
+        if memory is None and not self._prunes(call, pruning):
+            return stock(self, **call)
+
+        return_dict = call.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        features = self._encode(call, pruning)
+        ids = call.get("input_ids")
+        dropped = self._dropped(features, ids, call.get("inputs_embeds"))
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        if memory is not None:
+            memory.check(len(dropped))
+        start = cached if memory is None else memory.original_length(cached)
+
+        plan = None
+        if memory is not None or dropped.any():
+            plan = PromptPlan(dropped, call.get("attention_mask"), start, memory)
+            if isinstance(rows := call.get("logits_to_keep"), torch.Tensor):
+                call["logits_to_keep"] = kept_rows(plan, rows)
+            self._compact(call, plan)
+        call["mm_encoder_outputs"] = without_masks(features)
+        with forgotten(cache):
+            outputs = stock(self, **call, return_dict=True)
+        extras = {key: features[modality][key] for modality, key in MASKS.items() if key in features.get(modality, {})}
+        extras["prompt_mask"] = torch.ones_like(dropped) if plan is None else plan.kept
+        if plan is not None and outputs.past_key_values is not None and not plan.kept.all():
+            known = ids if start == 0 else None
+            outputs.past_key_values.pruned_prompt = plan.remember(known, call.get("position_ids"))
+        if call.get("labels") is not None:
+            extras["labels"] = call["labels"]
+        if plan is not None and "logits" in outputs and self.config.full_length_logits:
+            outputs.logits = _full_length(outputs.logits, plan, call)
+            extras["prompt_mask"] = torch.ones_like(dropped)
+            extras.pop("labels", None)
+        if not return_dict:
+            return outputs.to_tuple()
+        for key, value in extras.items():
+            outputs[key] = value
+        return outputs
+
+
+class RBLModelMixin(RBLMixin):
+    """Headless models: `get_image_features` returns the visual tokens that stay.
+
+    A family supplies `_token_kinds(**arguments)`, what each visual token of each image is, and may override
+    `_base_features`, the base images alone.
+    """
+
+    def __init_subclass__(cls, stock=None, **kwargs):
+        super().__init_subclass__(stock=stock, **kwargs)
+        if stock is not None:
+            cls.get_image_features = with_pruning(stock.get_image_features, RBLModelMixin._get_image_features)
+
+    def __init__(self, config):
+        super().__init__(config)
+        count, width = config.num_prototypes, config.text_config.hidden_size
+        self.register_module("codebook", None if count is None else RedundancyCodebook.uninitialised(count, width))
+
+    def _init_weights(self, module):
+        if not isinstance(module, RedundancyCodebook):  # nothing may be invented for a codebook that was not loaded
+            super()._init_weights(module)
+
+    def _get_image_features(self, stock, call: dict, pruning):
+        pruning = self._active_pruning(pruning)
+        if pruning is None:
+            return stock(self, **call)
+        return_dict = call.pop("return_dict", None)
+        kinds = self._token_kinds(**call)
+        if pruning.tiles == "base":
+            outputs = self._base_features(call)
+        else:
+            outputs = stock(self, **call, return_dict=True)
+        pairs = zip(outputs.pooler_output, kinds, strict=True)
+        kept = [self._keep(tokens, kind.to(tokens.device), pruning) for tokens, kind in pairs]
+        outputs.pooler_output = [features for features, _ in kept]
+        outputs["keep_masks"] = [mask for _, mask in kept]
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig):
+        """One image: the tokens that stay, `(kept, d)`, and where they stood, `(L,)` bool.
+
+        `tokens` are `(L, d)`, one per entry of `kinds`; with `tiles="base"`, the base image's alone.
+        """
+        base_only = pruning.tiles == "base"
+        scored = kinds == (BASE if base_only and (kinds == BASE).any() else PATCH)
+        if not base_only:
+            scored |= kinds == BASE
+        if len(tokens) != (int(scored.sum()) if base_only else len(kinds)):
+            raise ValueError(
+                f"An image came as {len(tokens)} visual tokens where {len(kinds)} were expected: pruning does not know this "
+                "vision tower's layout (vision_feature_select_strategy?)."
+            )
+        mask = torch.zeros_like(scored)
+        mask[scored] = self.codebook.keep_mask(tokens if base_only else tokens[scored], pruning)
+        if not base_only:
+            mask |= keep_newlines(mask, kinds, pruning.newlines)
+            return tokens[mask], mask
+        features = tokens[mask[scored]]
+        if pruning.newlines == "last" and (kinds == NEWLINE).any():
+            # Rows end with the tiles; "last" asks for one row end all the same.
+            mask |= keep_newlines(mask, kinds, "last")
+            features = torch.cat([features, self.image_newline[None].to(features)])
+        return features, mask
+
+
+class forgotten:
+    """While generation or a stock forward runs on compact prompts, its cache is an ordinary one."""
+
+    def __init__(self, cache):
+        self.cache, self.memory = cache, CachedPrompt.of(cache)
+
+    def __enter__(self):
+        if self.memory is not None:
+            del self.cache.pruned_prompt
+
+    def __exit__(self, *error):
+        if self.memory is not None:
+            self.cache.pruned_prompt = self.memory
+
+
+def without_masks(features: dict) -> dict:
+    """What stock code gets: features that fit the prompt they come with."""
+    return {key: BaseModelOutputWithPooling(pooler_output=output.pooler_output) for key, output in features.items()}
+
+
+def kept_rows(plan: PromptPlan, rows: torch.Tensor) -> torch.Tensor:
+    """`logits_to_keep` given as original positions, in the compact prompt."""
+    place = plan.kept.long().cumsum(-1) - 1 + (~plan.mask).long().cumprod(-1).sum(-1, keepdim=True)
+    if not plan.kept[:, rows].all() or (place[:, rows] != place[:1, rows]).any():
+        raise ValueError(
+            "logits_to_keep points at dropped or padded positions, or at other places in each row: slice the logits."
+        )
+    return place[0, rows]
+
+
+def _full_length(logits: torch.Tensor, plan: PromptPlan, call: dict) -> torch.Tensor:
+    if logits.shape[1] != plan.mask.shape[1]:
+        raise ValueError("full_length_logits needs all logits: leave logits_to_keep at 0.")
+    side = "right" if plan.mask[:, 0].all() else "left"
+    return scatter_to_prompt(logits, plan.kept, side, fill="previous")

@@ -1,0 +1,159 @@
+"""Which visual tokens stay: settings, redundancy scores and selection, as pure tensor functions.
+
+The method in three lines (arXiv 2503.20540): a codebook holds prototypes of redundant visual tokens; a token's score is
+its largest cosine with a prototype (`max_cosine`); tokens with high scores are dropped, by threshold or by a fixed
+share (`select_tokens`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+
+# What a visual token is, within the sequence that replaces one image (see `PruningConfig.newlines` and `.tiles`).
+BASE, PATCH, NEWLINE = 0, 1, 2
+
+NEWLINE_POLICIES = ("all", "row", "last")
+TILE_POLICIES = ("all", "base")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Everything that decides which visual tokens a model keeps. Immutable; saved as a plain dict in the model's
+    config.
+
+    Args:
+        keep_ratio (`float`, *optional*): share of the scored tokens of each image to keep, in (0, 1].
+        threshold (`float`, *optional*): keep tokens whose score is below it (a cosine for `score="cosine"`). Give
+            exactly one of `keep_ratio` and `threshold`. Above 1, a cosine threshold keeps everything.
+        score (`str`, defaults to `"cosine"`): how redundant a token is, a key of [`SCORERS`].
+        min_tokens (`int`, defaults to 1): fewest scored tokens kept per image, whatever the threshold says.
+        newlines (`str`, defaults to `"all"`): which row-end tokens stay: `"all"`; `"row"`, those of rows that keep a
+            patch (the count then depends on the content); `"last"`, one per image. Row-end tokens are never scored.
+        tiles (`str`, defaults to `"all"`): `"base"` drops the anyres tiles (with their row ends) before the vision
+            tower runs, so that only the base image's tokens are scored and counted.
+        per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
+        enabled (`bool`, defaults to `True`): `False` makes the model the stock model.
+
+    Raises:
+        ValueError: for any setting out of range, in a sentence that names it.
+    """
+
+    keep_ratio: float | None = None
+    threshold: float | None = None
+    score: str = "cosine"
+    min_tokens: int = 1
+    newlines: str = "all"
+    tiles: str = "all"
+    per_frame: bool = True
+    enabled: bool = True
+
+    def __post_init__(self):
+        for name in ("keep_ratio", "threshold"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+        if self.enabled and (self.keep_ratio is None) == (self.threshold is None):
+            given = "neither was" if self.keep_ratio is None else "both were"
+            raise ValueError(f"Give exactly one of keep_ratio and threshold; {given} given.")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio is the share of visual tokens to keep, in (0, 1]; got {self.keep_ratio}.")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite; got {self.threshold}.")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 1:
+            raise ValueError(
+                f"min_tokens must be an integer of at least 1 (no image may vanish); got {self.min_tokens!r}."
+            )
+        for name, allowed in (("score", tuple(SCORERS)), ("newlines", NEWLINE_POLICIES), ("tiles", TILE_POLICIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        for name in ("per_frame", "enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any] | PruningConfig) -> PruningConfig:
+        """The settings in a saved config. Unknown keys raise: a newer version's setting must not be ignored in
+        silence."""
+        if isinstance(settings, cls):
+            return settings
+        if not isinstance(settings, dict):
+            raise ValueError(f"Pruning settings must be a PruningConfig or a dict, got {type(settings).__name__}.")
+        if unknown := sorted(set(settings) - {field.name for field in fields(cls)}):
+            raise ValueError(
+                f"Unknown pruning setting(s) {', '.join(unknown)}: a typo, or saved by a newer version of transformers_rbl."
+            )
+        return cls(**settings)
+
+
+def kept_token_count(num_tokens: int, keep_ratio: float, min_tokens: int = 1) -> int:
+    """How many of `num_tokens` scored tokens a keep ratio leaves: `round(num_tokens * keep_ratio)`, at least
+    `min_tokens`, at most all. The only place that rounds; the model, serving and docs all ask here."""
+    return min(num_tokens, max(min_tokens, round(num_tokens * keep_ratio)))
+
+
+def max_cosine(tokens: torch.Tensor, unit_prototypes: torch.Tensor, block_elements: int = 2**24) -> torch.Tensor:
+    """s_i = max_j cos(x_i, p_j), the paper's redundancy score.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(L, d)`): visual tokens, float32.
+        unit_prototypes (`torch.Tensor` of shape `(n, d)`): prototypes of unit length, float32.
+        block_elements (`int`): largest product held at once, in elements; bounds memory for any L.
+
+    Returns:
+        `torch.Tensor` of shape `(L,)`. A zero token scores 0.
+    """
+    rows = max(1, block_elements // len(unit_prototypes))
+    # The token's norm divides out of the maximum: one pass over L numbers instead of a normalised copy of the tokens.
+    largest = torch.cat([(block @ unit_prototypes.T).amax(dim=-1) for block in tokens.split(rows)])
+    return largest / tokens.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+# A scorer maps (tokens (L, d) float32, unit prototypes (n, d) float32) to (L,) float32: the higher, the more redundant.
+SCORERS = {"cosine": max_cosine}
+
+
+def select_tokens(scores: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
+    """Keep the least redundant tokens: those under the threshold, or the `kept_token_count` lowest.
+
+    Args:
+        scores (`torch.Tensor` of shape `(L,)`): redundancy, higher is more redundant. Equal scores keep the earlier
+            token. NaN counts as lowest: a model that overflows shows it, as the stock model would.
+        pruning (`PruningConfig`): `keep_ratio` or `threshold`, and `min_tokens`.
+
+    Returns:
+        `torch.BoolTensor` of shape `(L,)`.
+    """
+    ranked = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(stable=True)
+    if pruning.keep_ratio is not None:
+        count = kept_token_count(len(scores), pruning.keep_ratio, pruning.min_tokens)
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, ranked[:count], True)
+    # ~(>=) and not (<), so that NaN stays.
+    return (~(scores >= pruning.threshold)).index_fill_(0, ranked[: pruning.min_tokens], True)
+
+
+def keep_newlines(kept: torch.Tensor, kinds: torch.Tensor, policy: str) -> torch.Tensor:
+    """Which row-end tokens stay.
+
+    Args:
+        kept (`torch.BoolTensor` of shape `(L,)`): the scored tokens that stay.
+        kinds (`torch.LongTensor` of shape `(L,)`): BASE, PATCH or NEWLINE per token; a row is its patches, then its
+            newline.
+        policy (`str`): `"all"`, `"row"` or `"last"`, see [`PruningConfig`].
+    """
+    newlines = kinds == NEWLINE
+    if policy == "all":
+        return newlines
+    if policy == "last":
+        return newlines & (newlines.cumsum(0) == newlines.sum())
+    row = newlines.cumsum(0) - newlines.long()
+    patches_kept = torch.zeros(len(kinds) + 1, dtype=torch.long, device=kinds.device)
+    patches_kept.index_add_(0, row, (kept & (kinds == PATCH)).long())
+    return newlines & (patches_kept[row] > 0)
