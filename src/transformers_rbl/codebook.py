@@ -172,7 +172,7 @@ class RedundancyCodebook(nn.Module):
             card = json.loads(card_file.read_text(encoding="utf-8"))
             shape = (card.pop("num_prototypes"), card.pop("width"))
             version = card.pop("version")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{card_file} is no codebook description ({error!r}); download or build it again."
             ) from error

@@ -222,16 +222,18 @@ class _OnOriginal:
             inner, ids, compact_length
         )
 
-    def __call__(self, input_ids, scores, **kwargs):
-        return self.inner(_with_prompt(input_ids, self.ids, self.compact_length), scores, **kwargs)
+    def restore(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return _with_prompt(input_ids, self.ids, self.compact_length)
 
 
 class _ProcessorOnOriginal(_OnOriginal, LogitsProcessor):
-    pass
+    def __call__(self, input_ids, scores):
+        return self.inner(self.restore(input_ids), scores)
 
 
 class _CriterionOnOriginal(_OnOriginal, StoppingCriteria):
-    pass
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.inner(self.restore(input_ids), scores, **kwargs)
 
 
 class _OriginalStreamer(BaseStreamer):

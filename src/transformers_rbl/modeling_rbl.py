@@ -381,7 +381,7 @@ class forgotten:
         self.cache, self.memory = cache, CachedPrompt.of(cache)
 
     def __enter__(self):
-        if self.memory is not None:
+        if hasattr(self.cache, "pruned_prompt"):
             del self.cache.pruned_prompt
 
     def __exit__(self, *error):

@@ -29,7 +29,9 @@ class CachedPrompt:
 
     @staticmethod
     def of(cache) -> CachedPrompt | None:
-        return getattr(cache, "pruned_prompt", None)
+        """What is known of a cache; None for one without pruned prompts, or reset to be used again."""
+        memory = getattr(cache, "pruned_prompt", None)
+        return memory if memory is not None and int(cache.get_seq_length()) > 0 else None
 
     @classmethod
     def empty(cls, batch: int, device) -> CachedPrompt:
@@ -49,7 +51,7 @@ class CachedPrompt:
         if cache_length < self.mask.shape[1]:
             raise ValueError(
                 f"The cache holds {cache_length} entries, fewer than the {self.mask.shape[1]} of the pruned prompt it belongs "
-                "to: it was cropped or reset. Crop no further than the prompt, or start with a new cache."
+                "to: it was cropped. Crop no further than the prompt, or start with a new cache."
             )
         return self.kept.shape[1] + cache_length - self.mask.shape[1]
 

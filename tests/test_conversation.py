@@ -1,0 +1,154 @@
+"""Several turns on one cache, as stock does it: the full ids, the returned cache, pixels or none."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import GREEDY
+from packaging import version
+from transformers import StaticCache
+
+from transformers_rbl import PruningConfig
+
+
+FIRST = "<s>USER: <image>\nWhat is it? ASSISTANT:"
+MORE = " USER: and why? ASSISTANT:"
+
+
+def append(family, sequences, text):
+    ids = family.processor.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return torch.cat([sequences, ids.expand(len(sequences), -1)], dim=1)
+
+
+def turn(model, inputs, **kwargs):
+    return model.generate(**inputs, **GREEDY, eos_token_id=None, return_dict_in_generate=True, **kwargs)
+
+
+def test_a_text_turn_equals_starting_over(family, pruned):
+    inputs = family.inputs([FIRST])
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    over = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, **GREEDY)
+    second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, over)
+    assert first.past_key_values.get_seq_length() < ids.shape[1]
+
+
+def test_a_third_turn_and_a_second_image(family, pruned):
+    images = family.images(2)
+    inputs = family.inputs([FIRST], images[:1])
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    second = turn(pruned, {"input_ids": ids}, past_key_values=first.past_key_values)
+    question = family.inputs(["USER: <image>\nand this? ASSISTANT:"], images[1:])
+    ids = torch.cat([second.sequences, question.input_ids], dim=1)
+    both = family.processor.image_processor(images, return_tensors="pt")
+    expected = pruned.generate(input_ids=ids, **both, **GREEDY)
+    for pixels in (both, {key: question[key] for key in ("pixel_values", "image_sizes")}):
+        cache = copy.deepcopy(second.past_key_values)
+        encoded = []
+        hook = pruned.model.vision_tower.register_forward_pre_hook(
+            lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
+        )
+        third = pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **GREEDY)
+        hook.remove()
+        assert torch.equal(third, expected)
+        assert encoded == [pruned.model._num_tiles(question.image_sizes)[0]]  # the new image only
+
+
+def test_new_ids_alone_beside_a_mask_for_all(family, pruned):
+    inputs = family.inputs([FIRST])
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    expected = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, **GREEDY)
+    # The cache lacks the last sampled token, so the new ids begin with it.
+    new = ids[:, first.sequences.shape[1] - 1 :]
+    second = pruned.generate(
+        input_ids=new, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, **GREEDY
+    )
+    assert torch.equal(second[:, new.shape[1] :], expected[:, ids.shape[1] :])
+
+
+def test_a_batch_of_conversations(family, pruned):
+    texts = [FIRST, "<s>USER: see <image> and <image>. ASSISTANT:"]
+    inputs = family.inputs(texts, family.images(3))
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    new = ids.shape[1] - inputs.input_ids.shape[1]
+    mask = torch.cat([inputs.attention_mask, torch.ones(2, new, dtype=torch.long)], dim=1)
+    expected = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": mask}, **GREEDY)
+    second = pruned.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, expected)
+
+
+def test_text_first_then_an_image(family, stock, pruned):
+    opening = family.inputs(["<s>USER: hello ASSISTANT:"], [])
+    first = turn(pruned, opening)
+    question = family.inputs(["USER: <image>\nand this? ASSISTANT:"])
+    ids = torch.cat([first.sequences, question.input_ids], dim=1)
+    pixels = {key: question[key] for key in ("pixel_values", "image_sizes")}
+    expected = pruned.generate(input_ids=ids, **pixels, **GREEDY)
+    second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **pixels, **GREEDY)
+    assert torch.equal(second, expected)
+
+
+def test_decoding_by_hand_with_forward(family, pruned):
+    """A loop over `forward` with full-length masks, as people write it, on a ragged batch."""
+    inputs = family.inputs([FIRST, "<s>USER: see <image> and <image>. ASSISTANT:"], family.images(3))
+    expected = pruned.generate(**inputs, **GREEDY)[:, inputs.input_ids.shape[1] :]
+    mask, output = inputs.attention_mask, pruned(**inputs, use_cache=True)
+    tokens = []
+    for _ in range(GREEDY["max_new_tokens"]):
+        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        output = pruned(input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+def test_sampled_conversations_continue_in_parallel(family, pruned):
+    inputs = family.inputs([FIRST])
+    torch.manual_seed(0)
+    first = pruned.generate(
+        **inputs, do_sample=True, num_return_sequences=3, max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True
+    )
+    ids = append(family, first.sequences, MORE)
+    second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
+    pixels = {key: inputs[key].repeat_interleave(3, dim=0) for key in ("pixel_values", "image_sizes")}
+    assert torch.equal(second, pruned.generate(input_ids=ids, **pixels, **GREEDY))
+
+
+def test_pruning_switched_off_for_a_later_turn(family, pruned):
+    inputs = family.inputs([FIRST])
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    off = PruningConfig(enabled=False)
+    second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY, pruning=off)
+    over = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, **GREEDY)
+    assert torch.equal(second, over)
+
+
+def test_bookkeeping_that_does_not_match_raises(family, pruned):
+    first = turn(pruned, family.inputs([FIRST]))
+    ids = append(family, first.sequences, MORE)
+    other = ids.clone()
+    other[0, 1] += 1
+    with pytest.raises(ValueError, match="do not begin with the prompt"):
+        pruned.generate(input_ids=other, past_key_values=first.past_key_values, **GREEDY)
+    with pytest.raises(ValueError, match="rows"):
+        pruned.generate(input_ids=ids.repeat(2, 1), past_key_values=first.past_key_values, **GREEDY)
+    with pytest.raises(ValueError, match="adds none"):
+        pruned.generate(input_ids=first.sequences[:, :-1], past_key_values=first.past_key_values, **GREEDY)
+    cropped = first.past_key_values
+    cropped.crop(3 if version.parse(transformers.__version__) < version.parse("5.20") else 3 - cropped.get_seq_length())
+    with pytest.raises(ValueError, match="cropped"):
+        pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
+
+
+def test_a_static_cache_can_be_reset_and_used_again(family, pruned):
+    cache = StaticCache(config=pruned.config.get_text_config(), max_cache_len=120)
+    for seed in (1, 2):
+        inputs = family.inputs([FIRST], family.images(2, seed)[seed - 1 : seed])
+        cache.reset()
+        again = pruned.generate(**inputs, **GREEDY, past_key_values=cache)
+        assert torch.equal(again, pruned.generate(**inputs, **GREEDY))

@@ -1,0 +1,107 @@
+"""Contract 11: bad input gets a sentence."""
+
+import copy
+
+import pytest
+import torch
+from conftest import GREEDY
+
+from transformers_rbl import PruningConfig, RedundancyCodebook
+
+
+def test_a_codebook_of_another_width(family):
+    with pytest.raises(ValueError, match=r"width 16.*made for org/other.*width 32"):
+        family.pruned(codebook=RedundancyCodebook(torch.randn(3, 16), base_model="org/other"))
+
+
+def test_a_codebook_of_another_base_model(family, tmp_path):
+    model = family.pruned()
+    model.config.base_model = "org/this"
+    model.save_pretrained(tmp_path)
+    other = RedundancyCodebook(torch.randn(3, 32), base_model="org/other")
+    with pytest.raises(ValueError, match=r"org/other.*org/this.*check_base"):
+        family.rbl_class.from_pretrained(tmp_path, codebook=other)
+    assert len(family.rbl_class.from_pretrained(tmp_path, codebook=other, check_base=False).codebook.prototypes) == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"keep_ratio": 0.5, "threshold": 0.5}, "both were given"),
+        ({"keep_ratio": 2}, r"\(0, 1\]"),
+        ({"keep_ratio": 0.5, "pruning": PruningConfig(keep_ratio=0.5)}, "not both"),
+        ({"keep_ratio": None, "pruning": {"keep_ratio": 0.5, "colour": 1}}, "Unknown pruning setting.* colour"),
+        ({"codebook": None}, "no codebook"),
+        ({"codebook": "/no/such/folder"}, "no folder with a codebook"),
+    ],
+)
+def test_bad_arguments_of_from_pretrained(family, kwargs, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        family.pruned(**kwargs)
+
+
+def test_a_codebook_without_any_setting_says_that_pruning_is_off(family, caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    model = family.pruned(keep_ratio=None)
+    transformers.utils.logging.disable_propagation()
+    assert model.pruning is None and "pruning stays off" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_placeholders_and_images_that_do_not_match(family, pruned, call):
+    run = pruned if call == "forward" else lambda **kwargs: pruned.generate(**kwargs, **GREEDY)
+    two = family.inputs(["<s> <image> and <image>"])
+    one_image = {"pixel_values": two.pixel_values[:1], "image_sizes": two.image_sizes[:1]}
+    with pytest.raises(ValueError, match="placeholders, but its 1 image"):
+        run(**{**two, **one_image})
+    with pytest.raises(ValueError, match="2 images came with 1 image_sizes"):
+        run(**{**two, "image_sizes": two.image_sizes[:1]})
+    rows = family.inputs(["<s> <image>", "<s> <image>"], family.images(2))
+    with pytest.raises(ValueError, match="middle of a"):
+        run(**{**rows, "pixel_values": rows.pixel_values.flip(0), "image_sizes": rows.image_sizes.flip(0)})
+
+
+def test_masks_and_arguments_that_pruning_cannot_follow(pruned, one):
+    length = one.input_ids.shape[1]
+    with pytest.raises(ValueError, match="attention_mask of shape"):
+        pruned(**{**one, "attention_mask": torch.ones(1, 1, length, length)})
+    with pytest.raises(ValueError, match="shift_labels"):
+        pruned(**one, shift_labels=one.input_ids)
+    visual = {key: one[key] for key in ("pixel_values", "image_sizes")}
+    with pytest.raises(ValueError, match="needs the prompt"):
+        pruned.generate(**visual)
+    features = pruned.get_image_features(**visual)
+    with pytest.raises(ValueError, match="not both"):
+        pruned(**one, mm_encoder_outputs={"image": features})
+
+
+def test_pruning_without_a_codebook(family, one):
+    model = family.rbl_class.from_pretrained(family.folder)
+    with pytest.raises(ValueError, match="no codebook"):
+        model(**one, pruning=PruningConfig(keep_ratio=0.5))
+    model.pruning = PruningConfig(keep_ratio=0.5)
+    with pytest.raises(ValueError, match="no codebook"):
+        model.generate(**one)
+    model.codebook = copy.deepcopy(family.codebook)  # assignment sets it where it belongs
+    assert model.codebook is model.model.codebook and "codebook" not in model._modules
+    model.generate(**one, **GREEDY)
+
+
+def test_saved_settings_from_a_newer_version(family, pruned, tmp_path):
+    import json
+
+    pruned.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pruning"]["attention_sink"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="attention_sink.*newer version"):
+        family.rbl_class.from_pretrained(tmp_path)
+
+
+def test_a_tower_whose_tokens_do_not_line_up(family, one):
+    model = family.pruned()
+    model.model._token_kinds = lambda **_: [torch.ones(5, dtype=torch.long)]
+    with pytest.raises(ValueError, match="layout"):
+        model(**one)

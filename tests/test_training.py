@@ -1,0 +1,121 @@
+"""Training with pruned prompts: gradients, checkpointing, LoRA, Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from transformers_rbl import scatter_to_prompt
+
+
+@pytest.fixture
+def labelled(family):
+    inputs = family.inputs(TEXTS, family.images(4), side="right")
+    ignored = (inputs.attention_mask == 0) | (inputs.input_ids == family.stock_class.config_class().image_token_index)
+    return {**inputs, "labels": inputs.input_ids.masked_fill(ignored | (inputs.input_ids == 3), -100)}
+
+
+def test_gradients_reach_projector_and_language_model_and_stop_at_the_codebook(family, labelled):
+    model = family.pruned()
+    model(**labelled).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    assert "model.codebook.prototypes" not in dict(model.named_parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(family, labelled):
+    plain, checkpointed = family.pruned().train(), family.pruned().train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    losses = [model(**labelled).loss for model in (plain, checkpointed)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(plain.lm_head.weight.grad, checkpointed.lm_head.weight.grad)
+    weight = "model.language_model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(plain.get_parameter(weight).grad, checkpointed.get_parameter(weight).grad)
+
+
+def test_lora(family, labelled, one, tmp_path):
+    model = get_peft_model(family.pruned(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    model(**labelled).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n and "language_model" in n)
+    kwargs = {"do_sample": False, "max_new_tokens": 5}
+    answer = model.generate(**one, **kwargs)
+    assert torch.equal(answer[:, : one.input_ids.shape[1]], one.input_ids)
+    merged = model.merge_and_unload()
+    assert type(merged) is family.rbl_class
+    assert torch.equal(merged.generate(**one, **kwargs), answer)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, batch, count=8):
+        self.batch, self.count = batch, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return index % len(TEXTS)
+
+
+def trainer(model, labelled, folder, **kwargs):
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False, **kwargs.pop("arguments", {}),
+    )  # fmt: skip
+    data = Rows(labelled)
+    return Trainer(model, arguments, lambda rows: dict(labelled), train_dataset=data, eval_dataset=data, **kwargs)
+
+
+def test_trainer_with_evaluation_and_metrics(family, labelled, tmp_path):
+    """By default predictions are compact, with the labels that belong to them beside."""
+    seen = {}
+
+    def metrics(prediction):
+        logits, labels = prediction.predictions
+        seen["accuracy"] = float((logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100].mean())
+        assert logits.shape[:2] == labels.shape and labels.shape[1] < prediction.label_ids.shape[1]
+        return seen
+
+    train = trainer(family.pruned(), labelled, tmp_path, compute_metrics=metrics)
+    train.train()
+    result = train.evaluate()
+    assert np.isfinite(result["eval_loss"]) and result["eval_accuracy"] == seen["accuracy"]
+
+
+def test_trainer_with_full_length_logits_and_label_smoothing(family, labelled, tmp_path):
+    """`full_length_logits` lets code that pairs logits with its own labels run as it is."""
+    model, plain = family.pruned(), family.pruned()
+    model.config.full_length_logits = True
+    full, compact = model(**labelled), plain(**labelled)
+    assert full.logits.shape[:2] == labelled["labels"].shape and torch.equal(full.loss, compact.loss)
+    shifted = torch.nn.functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), labelled["labels"][:, 1:].flatten())
+    torch.testing.assert_close(shifted, compact.loss)
+    expected = scatter_to_prompt(compact.logits, compact.prompt_mask, "right", fill="previous")
+    assert torch.equal(full.logits, expected) and full.prompt_mask.all()
+
+    def metrics(prediction):
+        assert prediction.predictions.shape[:2] == prediction.label_ids.shape
+        return {}
+
+    arguments = {"label_smoothing_factor": 0.1}
+    train = trainer(model, labelled, tmp_path, compute_metrics=metrics, arguments=arguments)
+    assert np.isfinite(train.train().training_loss)
+    assert np.isfinite(train.evaluate()["eval_loss"])
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(**{**labelled, "labels": None}, logits_to_keep=1)
+
+
+def test_a_step_of_training_lowers_the_loss(family, labelled):
+    model = family.pruned().train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = model(**labelled).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
