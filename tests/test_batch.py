@@ -76,7 +76,9 @@ def test_logits_to_keep(pruned, one):
 
 def test_position_ids_of_the_users_are_closed_up(pruned, batch):
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    torch.testing.assert_close(pruned(**batch, position_ids=positions).logits[0], pruned(**batch).logits[0], atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        pruned(**batch, position_ids=positions).logits[0], pruned(**batch).logits[0], atol=2e-4, rtol=0
+    )
     expected = pruned.generate(**batch, **GREEDY)
     assert torch.equal(pruned.generate(**batch, **GREEDY, position_ids=positions), expected)
 

@@ -96,7 +96,7 @@ def test_newline_and_tile_policies(family, pruned, batch, newlines, tiles):
     settings = PruningConfig(keep_ratio=0.2, newlines=newlines, tiles=tiles)
     output = pruned(**batch, pruning=settings)
     sizes = [tuple(size) for size in batch.image_sizes.tolist()]
-    kinds = pruned.model._token_kinds(batch.pixel_values, batch.image_sizes)
+    kinds = pruned.model.token_kinds(batch.pixel_values, batch.image_sizes)
     base = 16  # a 4 x 4 grid
     for mask, kind, size in zip(output.keep_masks, kinds, sizes):
         patches, rows = int((kind != 2).sum()), int((kind == 2).sum())

@@ -102,7 +102,9 @@ def test_decoding_by_hand_with_forward(family, pruned):
     for _ in range(GREEDY["max_new_tokens"]):
         tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        output = pruned(input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        output = pruned(
+            input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
+        )
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 
@@ -110,7 +112,12 @@ def test_sampled_conversations_continue_in_parallel(family, pruned):
     inputs = family.inputs([FIRST])
     torch.manual_seed(0)
     first = pruned.generate(
-        **inputs, do_sample=True, num_return_sequences=3, max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True
+        **inputs,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        eos_token_id=None,
+        return_dict_in_generate=True,
     )
     ids = append(family, first.sequences, MORE)
     second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)

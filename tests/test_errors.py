@@ -102,6 +102,6 @@ def test_saved_settings_from_a_newer_version(family, pruned, tmp_path):
 
 def test_a_tower_whose_tokens_do_not_line_up(family, one):
     model = family.pruned()
-    model.model._token_kinds = lambda **_: [torch.ones(5, dtype=torch.long)]
+    model.model.token_kinds = lambda **_: [torch.ones(5, dtype=torch.long)]
     with pytest.raises(ValueError, match="layout"):
         model(**one)

@@ -88,16 +88,15 @@ def test_beams_on_a_batch_equal_each_row_alone(family, pruned, batch):
 
 
 chunked_needs_new = pytest.mark.skipif(
-    not hasattr(generation_utils, "_slice_mm_encoder_output"), reason="transformers 5.19 cannot split images over chunks"
+    not hasattr(generation_utils, "_slice_mm_encoder_output"),
+    reason="transformers 5.19 cannot split images over chunks",
 )
 
 
 @chunked_needs_new
 @pytest.mark.parametrize("chunk", [5, 16, 1000])
 def test_chunked_prefill(pruned, one, chunk):
-    assert torch.equal(
-        pruned.generate(**one, **GREEDY, prefill_chunk_size=chunk), pruned.generate(**one, **GREEDY)
-    )
+    assert torch.equal(pruned.generate(**one, **GREEDY, prefill_chunk_size=chunk), pruned.generate(**one, **GREEDY))
 
 
 def test_chunked_prefill_raises_where_stock_is_silently_wrong(pruned, one, monkeypatch):
@@ -182,7 +181,11 @@ class NeverStop(StoppingCriteria):
 def test_processors_and_criteria_see_the_original_prompt(pruned, batch, beams):
     processor, criterion = Recorder(), NeverStop()
     pruned.generate(
-        **batch, **GREEDY, num_beams=beams, logits_processor=[processor], stopping_criteria=StoppingCriteriaList([criterion])
+        **batch,
+        **GREEDY,
+        num_beams=beams,
+        logits_processor=[processor],
+        stopping_criteria=StoppingCriteriaList([criterion]),
     )
     length = batch.input_ids.shape[1]
     assert processor.seen and criterion.seen
@@ -195,7 +198,11 @@ def test_processors_and_criteria_see_the_original_prompt(pruned, batch, beams):
 def test_a_users_own_max_length_criterion_counts_the_original_prompt(pruned, one):
     length = one.input_ids.shape[1]
     sequences = pruned.generate(
-        **one, do_sample=False, eos_token_id=None, stopping_criteria=[MaxLengthCriteria(length + 25)], max_length=length + 3
+        **one,
+        do_sample=False,
+        eos_token_id=None,
+        stopping_criteria=[MaxLengthCriteria(length + 25)],
+        max_length=length + 3,
     )
     assert sequences.shape[1] == length + 25  # as in stock, it replaces the default one
 
@@ -203,7 +210,8 @@ def test_a_users_own_max_length_criterion_counts_the_original_prompt(pruned, one
 def test_a_users_processor_replaces_the_default_of_its_type(stock, pruned, one):
     own = RepetitionPenaltyLogitsProcessor(penalty=1.0)
     assert torch.equal(
-        pruned.generate(**one, **GREEDY, repetition_penalty=50.0, logits_processor=[own]), pruned.generate(**one, **GREEDY)
+        pruned.generate(**one, **GREEDY, repetition_penalty=50.0, logits_processor=[own]),
+        pruned.generate(**one, **GREEDY),
     )
 
 
@@ -302,4 +310,3 @@ def test_settings_per_call_as_a_dict(pruned, one):
     )
     with pytest.raises(ValueError, match="Unknown pruning setting"):
         pruned.generate(**one, pruning={"ratio": 0.5})
-

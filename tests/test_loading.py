@@ -199,7 +199,9 @@ def test_sharded_saving(family, pruned, one, tmp_path):
 def test_a_saved_model_without_its_codebook_raises(family, pruned, tmp_path):
     pruned.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "codebook" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "codebook" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ValueError, match=r"codebook\.prototypes"):
         family.rbl_class.from_pretrained(tmp_path)
     other = RedundancyCodebook(torch.randn(3, 32))

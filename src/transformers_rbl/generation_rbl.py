@@ -152,7 +152,7 @@ class RBLGenerationMixin(RBLMixin):
         for modality, pixels in PIXELS.items():
             if call.get(pixels) is None:
                 continue
-            counts = [len(kinds) for kinds in self.model._token_kinds(**call)]
+            counts = [len(kinds) for kinds in self.model.token_kinds(**call)]
             columns = self._placeholders(modality, ids, embeds).nonzero()[:, 1]
             if sum(counts) != len(columns):
                 continue  # the new images alone, or a mismatch, which _dropped will name

@@ -21,7 +21,7 @@ class LlavaNextModelRBL(RBLModelMixin, LlavaNextModel, stock=LlavaNextModel):
         side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
         return [image_size_to_num_patches(size, pinpoints, side) for size in image_sizes]
 
-    def _token_kinds(self, pixel_values, image_sizes, vision_feature_select_strategy=None, **_) -> list[torch.Tensor]:
+    def token_kinds(self, pixel_values, image_sizes, vision_feature_select_strategy=None, **_) -> list[torch.Tensor]:
         """What each visual token is: stock packing code, run on labels in place of features."""
         tiles = self._num_tiles(image_sizes)
         images = len(pixel_values) if pixel_values.ndim == 5 else len(tiles)

@@ -313,7 +313,7 @@ class RBLMixin:
 class RBLModelMixin(RBLMixin):
     """Headless models: `get_image_features` returns the visual tokens that stay.
 
-    A family supplies `_token_kinds(**arguments)`, what each visual token of each image is, and may override
+    A family supplies `token_kinds(**arguments)`, what each visual token of each image is, and may override
     `_base_features`, the base images alone.
     """
 
@@ -336,7 +336,7 @@ class RBLModelMixin(RBLMixin):
         if pruning is None:
             return stock(self, **call)
         return_dict = call.pop("return_dict", None)
-        kinds = self._token_kinds(**call)
+        kinds = self.token_kinds(**call)
         if pruning.tiles == "base":
             outputs = self._base_features(call)
         else:

@@ -1,0 +1,243 @@
+"""What pruning costs and saves at prefill, against the least that any pruning could cost.
+
+Three ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle, which gets
+the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that pruning would leave.
+The pruned model may add to the oracle little more than one matrix product, its scores.
+
+    python scripts/benchmark_prefill.py                                    # a model of 8 layers and width 512, this CPU
+    python scripts/benchmark_prefill.py --device cuda --preset 7b          # the shape of LLaVA-NeXT 7B, random weights, bf16
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+
+from transformers_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextRBLConfig, PruningConfig, RedundancyCodebook
+from transformers_rbl.pruning import max_cosine
+
+
+OFF = PruningConfig(enabled=False)
+RATIOS = (1.0, 0.5, 0.22, 0.11, 0.05)
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def build_model(preset: str, device: str):
+    """Random weights. A five-tile image of either preset has 2,880 visual tokens before its padding goes."""
+    if preset == "7b":
+        vision = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        )
+        text = LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+            vocab_size=128320, max_position_embeddings=8192, pad_token_id=0,
+        )  # fmt: skip
+    else:
+        vision = CLIPVisionConfig(
+            hidden_size=384,
+            intermediate_size=1536,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            image_size=336,
+            patch_size=14,
+        )
+        text = LlamaConfig(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+            vocab_size=32064, max_position_embeddings=8192, pad_token_id=0,
+        )  # fmt: skip
+    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=3, image_grid_pinpoints=GRIDS)
+    config = LlavaNextRBLConfig.from_dict({**config.to_dict(), "model_type": LlavaNextRBLConfig.model_type})
+    dtype = torch.bfloat16 if preset == "7b" else torch.float32
+    torch.manual_seed(0)
+    default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = LlavaNextForConditionalGenerationRBL(config).eval()
+    torch.set_default_dtype(default)
+    model.set_codebook(RedundancyCodebook(torch.randn(969, text.hidden_size)))
+    return model
+
+
+def build_inputs(model, device: str):
+    """One square photo of 672 x 672: the base image and four tiles."""
+    size = torch.tensor([[672, 672]])
+    pixels = torch.randn(1, 5, 3, 336, 336, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
+    image = len(model.model.token_kinds(pixels, size)[0])
+    ids = torch.cat([torch.arange(10, 30), torch.full((image,), 3), torch.arange(30, 50)])[None].to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": size}
+
+
+def transcription(tokens, prototypes, tiles: int):
+    """Upstream's steps, with an image's tiles as the batch: normalise tokens and codebook on every call, copy the codebook
+    for each tile, batched product, maximum."""
+    tokens = torch.nn.functional.normalize(tokens.view(tiles, -1, tokens.shape[-1]), dim=-1)
+    book = torch.nn.functional.normalize(prototypes, dim=-1)[None].repeat(tiles, 1, 1)
+    return torch.bmm(tokens, book.transpose(1, 2)).max(dim=-1).values.flatten()
+
+
+def timed(task, device) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    task()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(tasks: dict, rounds: int, device: str, label: str) -> dict[str, list[float]]:
+    """Seconds of each task in each of `rounds` rounds, all tasks in every round, in an order that turns."""
+    names, seconds = list(tasks), {name: [] for name in tasks}
+    for k in tqdm(range(rounds + 2), desc=label, leave=False):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            spent = timed(tasks[name], device)
+            if k >= 2:  # two rounds warm up
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
+    """Median of the paired ratios, with a 95% interval of that median by bootstrap."""
+    ratios = np.array(over) / np.array(under)
+    draws = np.random.default_rng(0).choice(ratios, size=(2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+@torch.inference_mode()
+def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
+    pruning = PruningConfig(keep_ratio=keep_ratio)
+    prefill_only = {"use_cache": True, "logits_to_keep": 1}
+    output = model(**inputs, **prefill_only, pruning=pruning)
+    ids, slots = inputs["input_ids"], inputs["input_ids"] == 3
+    kept_ids = ids[output.prompt_mask][None]
+    tokens = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], pruning=OFF).pooler_output[0]
+    patches = tokens.float()
+    mask, unit = output.keep_masks[0], model.codebook.unit_prototypes
+
+    def oracle():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], pruning=OFF)
+        features.pooler_output = [features.pooler_output[0][mask]]
+        model(input_ids=kept_ids, mm_encoder_outputs={"image": features}, **prefill_only)
+
+    tasks = {
+        "stock": lambda: model(**inputs, **prefill_only, pruning=OFF),
+        "pruned": lambda: model(**inputs, **prefill_only, pruning=pruning),
+        "oracle": oracle,
+        "product": lambda: patches @ unit.T,
+    }
+    seconds = interleave(tasks, rounds, device, f"keep_ratio {keep_ratio}")
+    floor = [a + b for a, b in zip(seconds["oracle"], seconds["product"])]
+    added = [(p - o) / p for p, o in zip(seconds["pruned"], seconds["oracle"])]
+    stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF).past_key_values)
+    return {
+        "keep_ratio": keep_ratio,
+        "visual_tokens": [int(slots.sum()), int(mask.sum())],
+        "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
+        "pruned_over_stock": ratio(seconds["pruned"], seconds["stock"]),
+        "pruned_over_oracle": ratio(seconds["pruned"], seconds["oracle"]),
+        "pruned_over_oracle_and_product": ratio(seconds["pruned"], floor),
+        "share_of_scoring_and_compaction": statistics.median(added),
+        "cache_mib": [stock_bytes / 2**20, cache_bytes(output.past_key_values) / 2**20],
+    }
+
+
+@torch.inference_mode()
+def scoring(rounds: int, device: str) -> dict:
+    """2,880 tokens against 969 prototypes of width 4,096, float32: the NeXT 7B shape."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2880, 4096, generator=generator).to(device)
+    book = RedundancyCodebook(torch.randn(969, 4096, generator=generator)).to(device)
+    prototypes, unit = book.prototypes, book.unit_prototypes
+    torch.testing.assert_close(max_cosine(tokens, unit), transcription(tokens, prototypes, 5), atol=1e-5, rtol=0)
+    tasks = {
+        "score": lambda: book.score(tokens),
+        "product": lambda: tokens @ unit.T,
+        "transcription": lambda: transcription(tokens, prototypes, 5),
+        "transcription, tiles flattened": lambda: transcription(tokens, prototypes, 1),
+    }
+    seconds = interleave(tasks, rounds, device, "scoring")
+    return {
+        "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
+        "score_over_product": ratio(seconds["score"], seconds["product"]),
+        "transcription_over_score": ratio(seconds["transcription"], seconds["score"]),
+        "flattened_transcription_over_score": ratio(seconds["transcription, tiles flattened"], seconds["score"]),
+    }
+
+
+def cache_bytes(cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def show(figures: tuple[float, float, float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*figures)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="small (8 layers, width 512) or 7b.")] = "small",
+    rounds: Annotated[int, typer.Option(min=7, help="Timed rounds; medians are over these.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")] = None,
+) -> None:
+    """Prefill and scoring, pruned against stock, oracle, and upstream's own steps."""
+    if preset not in ("small", "7b") or (device == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter("--preset is small or 7b; --device cuda needs a GPU.")
+    if threads:
+        torch.set_num_threads(threads)
+    model = build_model(preset, device)
+    inputs = build_inputs(model, device)
+    rows = [prefill(model, inputs, keep_ratio, rounds, device) for keep_ratio in RATIOS]
+    scores = scoring(rounds, device)
+    chip = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}, {datetime.date.today()}"
+
+    table = Table(
+        title=f"Prefill, preset {preset}, {machine}\nmedians of {rounds} rounds, [95% interval of the median ratio]"
+    )
+    columns = "keep ratio|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|cache MiB"
+    for column in columns.split("|"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        times = row["median_ms"]
+        table.add_row(
+            str(row["keep_ratio"]), "{}→{}".format(*row["visual_tokens"]),
+            f"{times['stock']:.0f}", f"{times['pruned']:.0f}", f"{times['oracle']:.0f}",
+            show(row["pruned_over_stock"]), show(row["pruned_over_oracle"]), show(row["pruned_over_oracle_and_product"]),
+            f"{row['share_of_scoring_and_compaction']:.1%}", "{:.1f}→{:.1f}".format(*row["cache_mib"]),
+        )  # fmt: skip
+    console = Console(width=150)
+    console.print(table)
+    console.print("Scoring 2880 x 4096 against 969 prototypes, float32:")
+    for name in ("score_over_product", "transcription_over_score", "flattened_transcription_over_score"):
+        console.print(f"  {name.replace('_', ' ')}: {show(scores[name])}")
+    console.print("  " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in scores["median_ms"].items()))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(
+            json.dumps({"machine": machine, "preset": preset, "prefill": rows, "scoring": scores}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

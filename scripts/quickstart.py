@@ -1,0 +1,174 @@
+"""Ask a LLaVA-NeXT model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a picture.
+
+python scripts/quickstart.py                                    # a small random checkpoint, two real photos, no network
+python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio 0.15
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tiny_checkpoint
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor
+
+from transformers_rbl import LlavaNextForConditionalGenerationRBL, PruningConfig, RedundancyCodebook
+from transformers_rbl.evaluation.plots import plot_kept
+
+
+OFF = PruningConfig(enabled=False)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers_rbl"
+
+
+def default_checkpoint() -> Path:
+    """The small random checkpoint with a codebook in it, built on first use."""
+    folder = CACHE / "quickstart-1"
+    if not (folder / "codebook").exists():
+        tiny_checkpoint.build(
+            folder, image_size=112, patch_size=14, vision_width=128, vision_layers=4, width=256, layers=6, heads=8
+        )
+        model = LlavaNextForConditionalGenerationRBL.from_pretrained(folder).eval()
+        flat_patches(model, AutoProcessor.from_pretrained(folder)).save_pretrained(folder / "codebook")
+    return folder
+
+
+def flat_patches(model, processor) -> RedundancyCodebook:
+    """Prototypes of empty image content for random weights: what the model makes of plain colours."""
+    colours = torch.randint(0, 256, (24, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    images = [Image.new("RGB", (112, 112), tuple(colour)) for colour in colours]
+    inputs = processor.image_processor(images, return_tensors="pt")
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    tokens = torch.cat([feature[:-1:16] for feature in features])
+    return RedundancyCodebook(
+        tokens, recommended_keep_ratio=0.15, built_with={"data": "24 plain colours, random weights"}
+    )
+
+
+def sample_photos() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(photo) for photo in load_sample_images().images]
+
+
+def build_inputs(processor, image, prompt: str, device):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    if processor.chat_template is not None:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = f"<image>\n{prompt}"
+    return processor(images=image, text=text, return_tensors="pt").to(device)
+
+
+def cache_bytes(cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@torch.no_grad()
+def measure(model, inputs, repeats: int):
+    """Prefill stock and pruned in turn: median seconds and the KV cache's bytes of each, and what was kept."""
+    seconds, size, output = {"stock": [], "pruned": []}, {}, None
+    for _ in range(repeats + 1):  # the first round warms up
+        for name, pruning in (("stock", OFF), ("pruned", None)):
+            synchronise(model.device)
+            start = time.perf_counter()
+            output = model(**inputs, pruning=pruning, use_cache=True, logits_to_keep=1)
+            synchronise(model.device)
+            seconds[name].append(time.perf_counter() - start)
+            size[name] = cache_bytes(output.past_key_values)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, size, output
+
+
+def synchronise(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_tokens, repeats, out) -> None:
+    console = Console()
+    if model_id is None:
+        if codebook is not None:
+            raise ValueError("--codebook belongs to a model: give --model too.")
+        model_id = default_checkpoint()
+        codebook = model_id / "codebook"
+        console.print(f"Random weights (every answer is noise, every figure is real): [bold]{model_id}[/bold]")
+    photos = [Image.open(path).convert("RGB") for path in images] if images else sample_photos()
+    model = LlavaNextForConditionalGenerationRBL.from_pretrained(
+        model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype="auto",
+    ).eval()  # fmt: skip
+    if model.pruning is None:
+        raise ValueError(
+            "No pruning setting: give --keep-ratio or --threshold, and --codebook unless the model has one."
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(model_id)
+
+    table = Table(title=f"{Path(str(model_id)).name}, {describe(model.pruning)}, {model.device}, {model.dtype}")
+    for column in ("photo", "visual tokens", "KV cache", "prefill, median", "answer"):
+        table.add_column(column, overflow="fold", max_width=34)
+    masks, kinds = [], []
+    for number, photo in enumerate(photos, start=1):
+        inputs = build_inputs(processor, photo, prompt, model.device)
+        seconds, size, output = measure(model, inputs, repeats)
+        mask = output.keep_masks[0]
+        masks.append(mask)
+        kinds += model.model.token_kinds(inputs["pixel_values"], inputs["image_sizes"])
+        for name, count, pruning in (("stock", len(mask), OFF), ("pruned", int(mask.sum()), None)):
+            ids = model.generate(**inputs, pruning=pruning, max_new_tokens=max_new_tokens, do_sample=False)
+            answer = processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0]
+            table.add_row(
+                f"{number} {name}",
+                str(count),
+                f"{size[name] / 2**20:.2f} MiB",
+                f"{seconds[name] * 1e3:.1f} ms",
+                printable(answer),
+            )
+        table.add_section()
+    console.print(table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot_kept(photos, masks, kinds, out)
+    console.print(f"What was kept: [bold]{out}[/bold]")
+
+
+def printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text)
+
+
+def describe(pruning: PruningConfig) -> str:
+    value = f"keep_ratio {pruning.keep_ratio}" if pruning.threshold is None else f"threshold {pruning.threshold}"
+    return f"{value}, score {pruning.score}"
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="LLaVA-NeXT checkpoint: folder or Hub id.")] = None,
+    codebook: Annotated[
+        str | None, typer.Option(help="Codebook: folder or Hub id; none for a saved RBL model.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A photo; repeat for more.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question.")] = "What is shown in this image?",
+    keep_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, in (0, 1].")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Keep tokens whose largest cosine is below this.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each, interleaved.")] = 7,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/quickstart.png"),
+) -> None:
+    """Stock and pruned LLaVA-NeXT side by side."""
+    try:
+        run(model, codebook, image, prompt, keep_ratio, threshold, max_new_tokens, repeats, out)
+    except (ValueError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"quickstart: {first}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

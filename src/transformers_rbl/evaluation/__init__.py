@@ -1,0 +1,1 @@
+"""What pruning keeps and what it costs."""

@@ -1,0 +1,68 @@
+"""Pictures of what was kept: the photo with dropped patches dimmed, tiles mapped back to where they lie in the image."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pruning import BASE, NEWLINE, PATCH
+
+
+def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor) -> dict[str, np.ndarray]:
+    """One image's kept tokens as grids over the image.
+
+    Args:
+        keep_mask (`torch.BoolTensor` of shape `(L,)`): an entry of `outputs.keep_masks`.
+        kinds (`torch.LongTensor` of shape `(L,)`): what each token is, from the headless model's `token_kinds`.
+
+    Returns:
+        `dict[str, np.ndarray]`: `"base"`, the base image's grid, and `"tiles"`, the grid of all tiles with their padding
+        gone, each `(rows, columns)` bool, where the image has them. Both cover the whole image.
+    """
+    keep_mask, kinds = keep_mask.cpu(), kinds.cpu()
+    rows = max(1, int((kinds == NEWLINE).sum()))
+    base, patches = keep_mask[kinds == BASE], keep_mask[kinds == PATCH]
+    if len(base) == 0:  # a single image without tiles is its own base
+        base, patches = patches, base
+    side = round(len(base) ** 0.5)
+    grids = {"base": base.view(side, side).numpy()}
+    if len(patches):
+        grids["tiles"] = patches.view(rows, -1).numpy()
+    return grids
+
+
+def dim_dropped(image: Image.Image, grid: np.ndarray, brightness: float = 0.25) -> Image.Image:
+    """`image` with the cells of `grid` `(rows, columns)` that are False dimmed to `brightness`."""
+    mask = Image.fromarray(grid.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+    dark = Image.blend(Image.new("RGB", image.size), image.convert("RGB"), brightness)
+    return Image.composite(image.convert("RGB"), dark, mask)
+
+
+def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -> None:
+    """Write one row a photo: as it is, base image, tiles.
+
+    Args:
+        images (`list[PIL.Image.Image]`), keep_masks (`list[torch.BoolTensor]`), kinds (`list[torch.LongTensor]`): per image.
+        path (`str` or `os.PathLike`): the picture to write; its suffix gives the format.
+        titles (`list[str]`, *optional*): per image.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 3, squeeze=False)
+    for row, (image, mask, kind) in enumerate(zip(images, keep_masks, kinds)):
+        grids = kept_grids(mask, kind)
+        axes[row, 0].imshow(image)
+        axes[row, 0].set_title(titles[row] if titles else "photo")
+        for axis, name in zip(axes[row, 1:], ("base", "tiles")):
+            if name in grids:
+                grid = grids[name]
+                axis.imshow(dim_dropped(image, grid))
+                label = "base image" if name == "base" else "tiles"
+                axis.set_title(f"{label}: {int(grid.sum())} of {grid.size} tokens kept ({grid.mean():.0%})")
+        for axis in axes[row]:
+            axis.axis("off")
+    figure.savefig(path, dpi=110)
