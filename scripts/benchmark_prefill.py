@@ -1,11 +1,12 @@
 """What pruning costs and saves at prefill, against the least that any pruning could cost.
 
-Three ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle, which gets
-the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that pruning would leave.
-The pruned model may add to the oracle little more than one matrix product, its scores.
+Three ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle,
+which gets the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that
+pruning would leave. The pruned model may add to the oracle little more than one matrix product, its scores.
 
     python scripts/benchmark_prefill.py                                    # a model of 8 layers and width 512, this CPU
-    python scripts/benchmark_prefill.py --device cuda --preset 7b          # the shape of LLaVA-NeXT 7B, random weights, bf16
+    python scripts/benchmark_prefill.py --device cuda --preset 7b          # the shape of LLaVA-NeXT 7B, random
+    weights, bf16
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def build_model(preset: str, device: str):
             patch_size=14,
         )
         text = LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-            vocab_size=128320, max_position_embeddings=8192, pad_token_id=0,
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, vocab_size=128320, max_position_embeddings=8192, pad_token_id=0,
         )  # fmt: skip
     else:
         vision = CLIPVisionConfig(
@@ -86,8 +87,8 @@ def build_inputs(model, device: str):
 
 
 def transcription(tokens, prototypes, tiles: int):
-    """Upstream's steps, with an image's tiles as the batch: normalise tokens and codebook on every call, copy the codebook
-    for each tile, batched product, maximum."""
+    """Upstream's steps, with an image's tiles as the batch: normalise tokens and codebook on every call, copy the
+    codebook for each tile, batched product, maximum."""
     tokens = torch.nn.functional.normalize(tokens.view(tiles, -1, tokens.shape[-1]), dim=-1)
     book = torch.nn.functional.normalize(prototypes, dim=-1)[None].repeat(tiles, 1, 1)
     return torch.bmm(tokens, book.transpose(1, 2)).max(dim=-1).values.flatten()
@@ -215,7 +216,7 @@ def main(
     table = Table(
         title=f"Prefill, preset {preset}, {machine}\nmedians of {rounds} rounds, [95% interval of the median ratio]"
     )
-    columns = "keep ratio|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|cache MiB"
+    columns = "keep|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|MiB"
     for column in columns.split("|"):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -223,7 +224,8 @@ def main(
         table.add_row(
             str(row["keep_ratio"]), "{}→{}".format(*row["visual_tokens"]),
             f"{times['stock']:.0f}", f"{times['pruned']:.0f}", f"{times['oracle']:.0f}",
-            show(row["pruned_over_stock"]), show(row["pruned_over_oracle"]), show(row["pruned_over_oracle_and_product"]),
+            show(row["pruned_over_stock"]), show(row["pruned_over_oracle"]),
+            show(row["pruned_over_oracle_and_product"]),
             f"{row['share_of_scoring_and_compaction']:.1%}", "{:.1f}→{:.1f}".format(*row["cache_mib"]),
         )  # fmt: skip
     console = Console(width=150)

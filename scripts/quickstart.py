@@ -1,7 +1,9 @@
-"""Ask a LLaVA-NeXT model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a picture.
+"""Ask a LLaVA-NeXT model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a
+picture.
 
 python scripts/quickstart.py                                    # a small random checkpoint, two real photos, no network
-python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio 0.15
+python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio
+0.15
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import tiny_checkpoint
 import torch
 import typer
 from PIL import Image
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
+import tiny_checkpoint
 from transformers_rbl import LlavaNextForConditionalGenerationRBL, PruningConfig, RedundancyCodebook
 from transformers_rbl.evaluation.plots import plot_kept
 

@@ -1,16 +1,15 @@
 """Tiny random models of the real architectures, and an oracle: the stock language model run by hand on kept tokens."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint
 import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextModel
 
+import tiny_checkpoint
 from transformers_rbl import (
     LlavaNextForConditionalGenerationRBL,
     LlavaNextModelRBL,
@@ -41,7 +40,7 @@ class Family:
         return self.stock_class.from_pretrained(self.folder, **kwargs).eval()
 
     def pruned(self, **kwargs):
-        kwargs = {"codebook": copy.deepcopy(self.codebook), "keep_ratio": 0.3} | kwargs
+        kwargs = {"codebook": self.codebook, "keep_ratio": 0.3} | kwargs
         return self.rbl_class.from_pretrained(self.folder, **kwargs).eval()
 
     def images(self, count=4, seed=0):

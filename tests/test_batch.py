@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import GREEDY, TEXTS
 
+from conftest import GREEDY, TEXTS
 from transformers_rbl import PruningConfig
 
 

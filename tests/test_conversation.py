@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import GREEDY
 from packaging import version
 from transformers import StaticCache
 
+from conftest import GREEDY
 from transformers_rbl import PruningConfig
 
 
@@ -49,7 +49,7 @@ def test_a_third_turn_and_a_second_image(family, pruned):
         cache = copy.deepcopy(second.past_key_values)
         encoded = []
         hook = pruned.model.vision_tower.register_forward_pre_hook(
-            lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
+            lambda module, args, kwargs, log=encoded: log.append(len(args[0])), with_kwargs=True
         )
         third = pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **GREEDY)
         hook.remove()

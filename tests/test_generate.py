@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-from conftest import GREEDY, TEXTS
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -17,6 +16,7 @@ from transformers import (
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
+from conftest import GREEDY, TEXTS
 from transformers_rbl import PruningConfig
 
 
@@ -310,3 +310,14 @@ def test_settings_per_call_as_a_dict(pruned, one):
     )
     with pytest.raises(ValueError, match="Unknown pruning setting"):
         pruned.generate(**one, pruning={"ratio": 0.5})
+
+
+def test_a_compiled_language_model(family, pruned, one):
+    model = family.pruned()
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    assert torch.equal(model.generate(**one, **GREEDY), pruned.generate(**one, **GREEDY))
+
+
+def test_models_do_not_share_a_codebook(family):
+    first, second = family.pruned(), family.pruned()
+    assert first.codebook is not second.codebook and first.codebook is not family.codebook

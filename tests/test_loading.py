@@ -1,11 +1,11 @@
-"""Contracts 9 and 10: checkpoints of every layout load completely or raise, and what is saved comes back bit for bit."""
+"""Contracts 9 and 10: checkpoints of every layout load completely or raise, and what is saved comes back bit for
+bit."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import GREEDY
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -16,6 +16,7 @@ from transformers import (
     pipeline,
 )
 
+from conftest import GREEDY
 from transformers_rbl import PruningConfig, RedundancyCodebook
 
 

@@ -1,4 +1,5 @@
-"""Compaction as properties: for any mix of text, visual tokens and padding, order stays, counts add up, nothing is lost."""
+"""Compaction as properties: for any mix of text, visual tokens and padding, order stays, counts add up, nothing is
+lost."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers_rbl.prompt import CachedPrompt, PromptPlan, check_placeholders
 
 @st.composite
 def prompts(draw):
-    """(dropped, attention mask), both `(batch, L)`: at least one token stays in a row, padding anywhere or on one side."""
+    """(dropped, attention mask), both `(batch, L)`: at least one token stays in a row, padding anywhere or on one
+    side."""
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     side = draw(st.sampled_from(["left", "right", "none", "anywhere"]))
     dropped, mask = torch.zeros(batch, length, dtype=torch.bool), torch.ones(batch, length, dtype=torch.long)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from conftest import TEXTS
 from transformers_rbl import scatter_to_prompt
 
 
@@ -63,7 +63,8 @@ class Rows(torch.utils.data.Dataset):
 def trainer(model, labelled, folder, **kwargs):
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
-        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False, **kwargs.pop("arguments", {}),
+        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        **kwargs.pop("arguments", {}),
     )  # fmt: skip
     data = Rows(labelled)
     return Trainer(model, arguments, lambda rows: dict(labelled), train_dataset=data, eval_dataset=data, **kwargs)

@@ -1,7 +1,8 @@
 """`generate` on compact prompts, with stock-shaped answers.
 
-The prompt loses the placeholders of dropped visual tokens before stock `generate` starts, so that every decoding mode and
-cache runs as it is. What the user gives and gets speaks of the original prompt: sequences, lengths, processors, streamers.
+The prompt loses the placeholders of dropped visual tokens before stock `generate` starts, so that every decoding mode
+and cache runs as it is. What the user gives and gets speaks of the original prompt: sequences, lengths, processors,
+streamers.
 """
 
 import torch

@@ -41,8 +41,8 @@ def check_base_model(codebook: RedundancyCodebook, base_model: str | None) -> No
     """Raise if a codebook says that it was made for another base model."""
     if codebook.base_model and base_model and codebook.base_model != base_model:
         raise ValueError(
-            f"This codebook was made for {codebook.base_model}, but the model is {base_model}. Pass check_base=False if "
-            "their visual tokens are the same."
+            f"This codebook was made for {codebook.base_model}, but the model is {base_model}. Pass check_base=False "
+            "if their visual tokens are the same."
         )
 
 

@@ -1,12 +1,15 @@
 """How transformers is taught to prune: visual features lose redundant tokens, the prompt loses their placeholders.
 
 `RBLModelMixin`, for headless models, prunes what `get_image_features` returns and says what it kept (`keep_masks`).
-Full models compact the prompt in `forward` in the same way (`RBLMixin`), and in `generate` (`generation_rbl.py`). Features
-that carry `keep_masks` belong to a prompt with all its placeholders, features without to one that fits them already.
+Full models compact the prompt in `forward` in the same way (`RBLMixin`), and in `generate` (`generation_rbl.py`).
+Features that carry `keep_masks` belong to a prompt with all its placeholders, features without to one that fits them
+already.
 """
 
+import copy
 import functools
 import inspect
+import os
 
 import torch
 from transformers import PreTrainedConfig
@@ -98,8 +101,7 @@ class RBLMixin:
 
         Raises:
             ValueError: for settings or a codebook that do not fit, and if the checkpoint lacks a weight that the
-            forward
-                pass reads (transformers would fill it with random numbers).
+                forward pass reads (transformers would fill it with random numbers).
         """
         if pruning is None and (keep_ratio is not None or threshold is not None):
             pruning = PruningConfig(keep_ratio=keep_ratio, threshold=threshold)
@@ -122,17 +124,17 @@ class RBLMixin:
             missing = [key for key in missing if not key.endswith("codebook.prototypes")]
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold every weight of {cls.__name__}; transformers has left random "
-                f"numbers in: {', '.join(missing)}."
+                f"{pretrained_model_name_or_path} does not hold every weight of {cls.__name__}; transformers has left "
+                f"random numbers in: {', '.join(missing)}."
             )
         model._settle(codebook, pruning, check_base)
         return (model, info) if with_info else model
 
     def _settle(self, codebook, pruning, check_base: bool) -> None:
         """After loading: give the codebook its place, the config its settings, and refuse what does not fit."""
-        name = self.config.name_or_path or ""
-        if self.config.base_model is None and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            self.config.base_model = name
+        name = self.config.name_or_path
+        if self.config.base_model is None and self.config.num_prototypes is None and name and not os.path.isdir(name):
+            self.config.base_model = name  # a stock checkpoint from the Hub
         if codebook is not None:
             if check_base:
                 check_base_model(codebook, self.config.base_model)
@@ -140,8 +142,8 @@ class RBLMixin:
                 pruning = codebook.recommended_pruning
                 if pruning is None:
                     logger.warning(
-                        "The codebook recommends no setting and none was given, so pruning stays off: pass keep_ratio=, "
-                        "threshold= or pruning=, here or per call."
+                        "The codebook recommends no setting and none was given, so pruning stays off: pass "
+                        "keep_ratio=, threshold= or pruning=, here or per call."
                     )
         if (codebook := codebook or self.base_model.codebook) is not None:
             self.set_codebook(codebook)
@@ -159,7 +161,7 @@ class RBLMixin:
         self.config.pruning = None if settings is None else PruningConfig.from_dict(settings).to_dict()
 
     def set_codebook(self, codebook: RedundancyCodebook) -> None:
-        """Prune with this codebook from now on; `save_pretrained` will include it.
+        """Prune with a copy of this codebook from now on; `save_pretrained` will include it.
 
         Raises:
             ValueError: if its width is not the language model's.
@@ -168,9 +170,11 @@ class RBLMixin:
         if width != expected:
             made_for = f" (made for {codebook.base_model})" if codebook.base_model else ""
             raise ValueError(
-                f"The codebook's prototypes have width {width}{made_for}, but this language model's embeddings have width "
-                f"{expected}: it belongs to another model."
+                f"The codebook's prototypes have width {width}{made_for}, but this language model's embeddings have "
+                f"width {expected}: it belongs to another model."
             )
+        if codebook is not self.base_model.codebook:  # two models must not share, and move, one object
+            codebook = copy.deepcopy(codebook)
         device = next(self.base_model.multi_modal_projector.parameters()).device
         self.base_model.register_module("codebook", codebook if device.type == "meta" else codebook.to(device))
         codebook.normalise()
@@ -183,8 +187,8 @@ class RBLMixin:
             return None
         if self.base_model.codebook is None:
             raise ValueError(
-                "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), or "
-                "switch pruning off with PruningConfig(enabled=False)."
+                "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "
+                "or switch pruning off with PruningConfig(enabled=False)."
             )
         return pruning
 
@@ -358,8 +362,8 @@ class RBLModelMixin(RBLMixin):
             scored |= kinds == BASE
         if len(tokens) != (int(scored.sum()) if base_only else len(kinds)):
             raise ValueError(
-                f"An image came as {len(tokens)} visual tokens where {len(kinds)} were expected: pruning does not know this "
-                "vision tower's layout (vision_feature_select_strategy?)."
+                f"An image came as {len(tokens)} visual tokens where {len(kinds)} were expected: pruning does not "
+                "know this vision tower's layout (vision_feature_select_strategy?)."
             )
         mask = torch.zeros_like(scored)
         mask[scored] = self.codebook.keep_mask(tokens if base_only else tokens[scored], pruning)

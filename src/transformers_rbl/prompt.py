@@ -50,8 +50,8 @@ class CachedPrompt:
         since."""
         if cache_length < self.mask.shape[1]:
             raise ValueError(
-                f"The cache holds {cache_length} entries, fewer than the {self.mask.shape[1]} of the pruned prompt it belongs "
-                "to: it was cropped. Crop no further than the prompt, or start with a new cache."
+                f"The cache holds {cache_length} entries, fewer than the {self.mask.shape[1]} of the pruned prompt it "
+                "belongs to: it was cropped. Crop no further than the prompt, or start with a new cache."
             )
         return self.kept.shape[1] + cache_length - self.mask.shape[1]
 
@@ -64,8 +64,8 @@ class CachedPrompt:
         length = self.input_ids.shape[1]
         if not torch.equal(input_ids[:, :length].to(self.input_ids.device), self.input_ids):
             raise ValueError(
-                "input_ids do not begin with the prompt that past_key_values was computed from. Continue with the full ids "
-                "(the sequences that generate returned, plus the new turn), or start with a new cache."
+                "input_ids do not begin with the prompt that past_key_values was computed from. Continue with the "
+                "full ids (the sequences that generate returned, plus the new turn), or start with a new cache."
             )
 
 
@@ -176,8 +176,8 @@ def scatter_to_prompt(
     counts = prompt_mask.sum(-1)
     if len(values) != len(prompt_mask) or values.shape[1] != int(counts.max()):
         raise ValueError(
-            f"values of shape {tuple(values.shape)} do not cover a prompt_mask with up to {int(counts.max())} kept positions"
-            f" in {len(prompt_mask)} rows (logits_to_keep returns fewer logits)."
+            f"values of shape {tuple(values.shape)} do not cover a prompt_mask with up to {int(counts.max())} kept "
+            f"positions in {len(prompt_mask)} rows (logits_to_keep returns fewer logits)."
         )
     if padding_side not in ("left", "right") and bool((counts != counts.max()).any()):
         raise ValueError(
@@ -198,15 +198,15 @@ def check_placeholders(slots: torch.Tensor, counts: list[int], modality: str = "
     per_row = slots.sum(-1).tolist()
     if sum(per_row) != sum(counts):
         raise ValueError(
-            f"The prompt has {sum(per_row)} {modality} placeholders, but its {len(counts)} {modality}(s) have {sum(counts)} "
-            "visual tokens: use the checkpoint's own processor, and as many images as placeholders."
+            f"The prompt has {sum(per_row)} {modality} placeholders, but its {len(counts)} {modality}(s) have "
+            f"{sum(counts)} visual tokens: use the checkpoint's own processor, and as many images as placeholders."
         )
     ends = set(accumulate(counts, initial=0))
     for row, end in enumerate(accumulate(per_row)):
         if end not in ends:
             raise ValueError(
-                f"The {modality} placeholders of prompt {row} end in the middle of a {modality}: prompts and {modality}s are "
-                "not in the same order."
+                f"The {modality} placeholders of prompt {row} end in the middle of a {modality}: prompts and "
+                f"{modality}s are not in the same order."
             )
 
 

@@ -88,7 +88,8 @@ class PruningConfig:
             raise ValueError(f"Pruning settings must be a PruningConfig or a dict, got {type(settings).__name__}.")
         if unknown := sorted(set(settings) - {field.name for field in fields(cls)}):
             raise ValueError(
-                f"Unknown pruning setting(s) {', '.join(unknown)}: a typo, or saved by a newer version of transformers_rbl."
+                f"Unknown pruning setting(s) {', '.join(unknown)}: a typo, or saved by a newer version of "
+                "transformers_rbl."
             )
         return cls(**settings)
 

@@ -1,4 +1,5 @@
-"""Pictures of what was kept: the photo with dropped patches dimmed, tiles mapped back to where they lie in the image."""
+"""Pictures of what was kept: the photo with dropped patches dimmed, tiles mapped back to where they lie in the
+image."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor) -> dict[str, np.nda
         kinds (`torch.LongTensor` of shape `(L,)`): what each token is, from the headless model's `token_kinds`.
 
     Returns:
-        `dict[str, np.ndarray]`: `"base"`, the base image's grid, and `"tiles"`, the grid of all tiles with their padding
-        gone, each `(rows, columns)` bool, where the image has them. Both cover the whole image.
+        `dict[str, np.ndarray]`: `"base"`, the base image's grid, and `"tiles"`, the grid of all tiles with their
+        padding gone, each `(rows, columns)` bool, where the image has them. Both cover the whole image.
     """
     keep_mask, kinds = keep_mask.cpu(), kinds.cpu()
     rows = max(1, int((kinds == NEWLINE).sum()))
@@ -45,7 +46,8 @@ def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -
     """Write one row a photo: as it is, base image, tiles.
 
     Args:
-        images (`list[PIL.Image.Image]`), keep_masks (`list[torch.BoolTensor]`), kinds (`list[torch.LongTensor]`): per image.
+        images (`list[PIL.Image.Image]`), keep_masks (`list[torch.BoolTensor]`), kinds (`list[torch.LongTensor]`): per
+            image.
         path (`str` or `os.PathLike`): the picture to write; its suffix gives the format.
         titles (`list[str]`, *optional*): per image.
     """
