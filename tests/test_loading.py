@@ -12,11 +12,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     LlavaNextConfig,
     pipeline,
 )
 
-from conftest import GREEDY
+import tiny_checkpoint
+from conftest import GREEDY, ONE
 from transformers_rbl import PruningConfig, RedundancyCodebook
 
 
@@ -244,3 +246,24 @@ def test_device_map_and_disk_offload(family, pruned, one, saved, tmp_path):
 
 def test_processor_loads_from_a_saved_model(family, saved):
     assert type(AutoProcessor.from_pretrained(saved)) is type(family.processor)
+
+
+def test_quantised_loading(family, tmp_path):
+    """4 bits by bitsandbytes: off is stock, quantiser keys are not missed, the codebook stays float32."""
+    folder = tiny_checkpoint.build(tmp_path / "wide", width=64, vision_width=64)
+    inputs = family.inputs(ONE, family.images(1))
+
+    def load(loader, **kwargs):
+        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        return loader.from_pretrained(folder, quantization_config=quantised, device_map="cpu", **kwargs).eval()
+
+    book = RedundancyCodebook(torch.randn(5, 64))
+    stock, model = load(family.stock_class), load(family.rbl_class, codebook=book, keep_ratio=0.3)
+    off = PruningConfig(enabled=False)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, pruning=off).logits, stock(**inputs).logits)
+    assert torch.equal(model.codebook.prototypes, book.prototypes)
+    assert model.generate(**inputs, **GREEDY).shape[1] > inputs.input_ids.shape[1]
+    model.save_pretrained(tmp_path / "saved")
+    again = family.rbl_class.from_pretrained(tmp_path / "saved", device_map="cpu")
+    assert torch.equal(again.codebook.prototypes, book.prototypes)
