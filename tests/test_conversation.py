@@ -93,18 +93,22 @@ def test_text_first_then_an_image(family, stock, pruned):
     assert torch.equal(second, expected)
 
 
-def test_decoding_by_hand_with_forward(family, pruned):
-    """A loop over `forward` with full-length masks, as people write it, on a ragged batch."""
+@pytest.mark.parametrize("given", [False, True], ids=["no positions", "positions"])
+def test_decoding_by_hand_with_forward(family, pruned, given):
+    """A loop over `forward` with full-length masks and positions, as people write it, on a ragged batch."""
     inputs = family.inputs([FIRST, "<s>USER: see <image> and <image>. ASSISTANT:"], family.images(3))
     expected = pruned.generate(**inputs, **GREEDY)[:, inputs.input_ids.shape[1] :]
-    mask, output = inputs.attention_mask, pruned(**inputs, use_cache=True)
-    tokens = []
+    mask, tokens = inputs.attention_mask, []
+
+    def where(new):
+        return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]} if given else {}
+
+    output = pruned(**inputs, **where(mask.shape[1]), use_cache=True)
     for _ in range(GREEDY["max_new_tokens"]):
         tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        output = pruned(
-            input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
-        )
+        step = {"input_ids": tokens[-1], "attention_mask": mask, "past_key_values": output.past_key_values}
+        output = pruned(**step, **where(1), use_cache=True)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 
