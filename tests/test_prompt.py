@@ -126,3 +126,15 @@ def test_a_cache_that_was_cropped_or_belongs_elsewhere_raises():
         memory.check(2)
     assert memory.repeat(2).kept.tolist() == [[True, False, True, True]] * 2
     assert CachedPrompt.of(object()) is None
+
+
+def test_a_second_turn_adds_to_what_is_remembered():
+    first = PromptPlan(torch.tensor([[0, 1, 0, 0]]).bool())
+    memory = first.remember(torch.tensor([[5, 3, 6, 7]]), None)
+    second = PromptPlan(torch.tensor([[0, 1, 1, 0]]).bool(), start=memory.original_length(5), memory=memory)
+    assert second.positions().tolist() == [[5, 6]]  # three cached, two decoded since
+    assert second.positions(torch.tensor([[6, 7, 8, 9]])).tolist() == [[5, 6]]
+    grown = second.remember(None, second.positions())
+    assert grown.dropped.tolist() == [3] and grown.next_position.tolist() == [7]
+    assert grown.kept.long().tolist() == [[1, 0, 1, 1, 1, 1, 1, 0, 0, 1]]
+    assert grown.mask.all() and grown.mask.shape == (1, 7) and grown.original_length(7) == 10

@@ -63,8 +63,6 @@ def with_pruning(stock, pruned):
 class RBLMixin:
     """What the headless and the full class share: loading, settings, and prompt compaction in `forward`."""
 
-    _keep_in_fp32_modules_strict = {"codebook"}
-
     def __init_subclass__(cls, stock=None, **kwargs):
         """`stock` is the class that this one prunes: its methods are taken over, and its checkpoints are read as it
         does."""
