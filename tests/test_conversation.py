@@ -35,6 +35,29 @@ def test_a_text_turn_equals_starting_over(family, pruned):
     assert first.past_key_values.get_seq_length() < ids.shape[1]
 
 
+def test_processors_remember_the_text_of_earlier_turns(family, pruned):
+    inputs = family.inputs([FIRST])
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    penalty = {**GREEDY, "repetition_penalty": 3.0}
+    over = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, **penalty)
+    assert torch.equal(pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **penalty), over)
+
+
+def test_beams_about_a_second_image(family, pruned):
+    """Stock wants the cache repeated for beams; placeholders of the cached image must not be counted again."""
+    images = family.images(2)
+    first = turn(pruned, family.inputs([FIRST], images[:1]))
+    question = family.inputs(["USER: <image>\nand this? ASSISTANT:"], images[1:])
+    ids = torch.cat([first.sequences, question.input_ids], dim=1)
+    beams = {**GREEDY, "num_beams": 3}
+    expected = pruned.generate(input_ids=ids, **family.processor.image_processor(images, return_tensors="pt"), **beams)
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(3)
+    pixels = {key: question[key] for key in ("pixel_values", "image_sizes")}
+    assert torch.equal(pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **beams), expected)
+
+
 def test_a_third_turn_and_a_second_image(family, pruned):
     images = family.images(2)
     inputs = family.inputs([FIRST], images[:1])

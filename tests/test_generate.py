@@ -227,6 +227,17 @@ def test_prefix_function_sees_the_original_prompt(pruned, batch):
     assert new_tokens(sequences, batch).tolist() == [[40 + row] * 8 for row in range(4)]
 
 
+def test_prefix_function_with_several_samples(pruned, batch):
+    seen = []
+
+    def allowed(batch_id, sequence):
+        seen.append(torch.equal(sequence[: batch.input_ids.shape[1]], batch.input_ids[batch_id // 2]))
+        return [50]
+
+    pruned.generate(**batch, do_sample=True, max_new_tokens=2, num_return_sequences=2, prefix_allowed_tokens_fn=allowed)
+    assert len(seen) == 16 and all(seen)
+
+
 def test_streamers_get_the_original_prompt_then_tokens(pruned, one):
     class Streamer(BaseStreamer):
         chunks, ended = [], False
