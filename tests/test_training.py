@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+import tiny_checkpoint
 from conftest import TEXTS
 from transformers_rbl import scatter_to_prompt
 
@@ -13,8 +14,8 @@ from transformers_rbl import scatter_to_prompt
 @pytest.fixture
 def labelled(family):
     inputs = family.inputs(TEXTS, family.images(4), side="right")
-    ignored = (inputs.attention_mask == 0) | (inputs.input_ids == family.stock_class.config_class().image_token_index)
-    return {**inputs, "labels": inputs.input_ids.masked_fill(ignored | (inputs.input_ids == 3), -100)}
+    ignored = (inputs.attention_mask == 0) | (inputs.input_ids == tiny_checkpoint.IMAGE)
+    return {**inputs, "labels": inputs.input_ids.masked_fill(ignored, -100)}
 
 
 def test_gradients_reach_projector_and_language_model_and_stop_at_the_codebook(family, labelled):
@@ -118,5 +119,5 @@ def test_a_step_of_training_lowers_the_loss(family, labelled):
         loss = model(**labelled).loss
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]

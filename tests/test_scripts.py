@@ -1,0 +1,85 @@
+"""The quickstart as a user runs it, and the pictures it writes."""
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+import quickstart
+from benchmark_prefill import transcription
+from transformers_rbl.evaluation.plots import dim_dropped, kept_grids
+from transformers_rbl.pruning import max_cosine
+
+
+app = typer.Typer()
+app.command()(quickstart.main)
+
+
+@pytest.fixture(scope="module")
+def files(family, pruned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    pruned.save_pretrained(folder / "saved")
+    family.processor.save_pretrained(folder / "saved")
+    pruned.codebook.save_pretrained(folder / "book")
+    family.images(2)[1].save(folder / "photo.png")
+    (folder / "broken.png").write_bytes(b"not a photo")
+    return folder
+
+
+def run(files, *arguments):
+    arguments = [str(files / a[1:]) if a.startswith("@") else a for a in arguments]
+    return CliRunner().invoke(app, [*arguments, "--repeats", "1", "--out", str(files / "out.png")])
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_any_checkpoint_codebook_and_photo(family, files, stock):
+    model = ["--model", str(family.folder), "--codebook", "@book"] if stock else ["--model", "@saved"]
+    result = run(files, *model, "--image", "@photo.png", "--keep-ratio", "0.25")
+    assert result.exit_code == 0, result.output
+    assert "1 stock" in result.output and "1 pruned" in result.output and "keep_ratio 0.25" in result.output
+    assert Image.open(files / "out.png").size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--codebook", "@book"], "--codebook belongs to a model"),
+        (["--model", "@saved", "--keep-ratio", "2"], "in (0, 1]"),
+        (["--model", "@saved", "--keep-ratio", "0.2", "--threshold", "0.2"], "both were given"),
+        (["--model", "@saved", "--image", "@missing.png"], "missing.png"),
+        (["--model", "@saved", "--image", "@broken.png"], "cannot identify image file"),
+        (["--model", "@nowhere"], "nowhere"),
+        (["--model", "@saved", "--codebook", "@saved"], "codebook.json is missing"),
+    ],
+)
+def test_wrong_arguments_give_one_sentence(files, arguments, words):
+    result = run(files, *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("quickstart: ")]
+    assert len(errors) == 1 and words in errors[0]
+
+
+def test_kept_tokens_are_mapped_back_to_the_image():
+    kinds = torch.tensor([0] * 4 + [1, 1, 1, 2] * 2)
+    keep = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1]).bool()
+    grids = kept_grids(keep, kinds)
+    assert grids["base"].tolist() == [[True, False], [False, False]]
+    assert grids["tiles"].tolist() == [[False, False, True], [True, False, False]]
+    single = kept_grids(torch.tensor([1, 0, 0, 1, 1]).bool(), torch.tensor([1, 1, 1, 1, 2]))
+    assert single.keys() == {"base"} and single["base"].tolist() == [[True, False], [False, True]]
+
+
+def test_dropped_cells_are_dimmed_where_they_lie():
+    image = Image.new("RGB", (30, 20), (200, 100, 40))
+    pixels = np.asarray(dim_dropped(image, np.array([[True, False, True], [False, True, True]])))
+    assert pixels[5, 5].tolist() == [200, 100, 40] and pixels[15, 5].tolist() == [50, 25, 10]
+    assert pixels[5, 15].tolist() == [50, 25, 10] and pixels[15, 15].tolist() == [200, 100, 40]
+
+
+def test_the_transcription_that_scoring_is_timed_against_is_the_same_arithmetic():
+    tokens, prototypes = torch.randn(30, 8), torch.randn(6, 8)
+    expected = max_cosine(tokens, torch.nn.functional.normalize(prototypes, dim=-1))
+    for tiles in (1, 5):
+        torch.testing.assert_close(transcription(tokens, prototypes, tiles), expected)
