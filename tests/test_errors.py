@@ -103,3 +103,17 @@ def test_a_tower_whose_tokens_do_not_line_up(family, one):
     model.model.token_kinds = lambda **_: [torch.ones(5, dtype=torch.long)]
     with pytest.raises(ValueError, match="layout"):
         model(**one)
+
+
+def test_a_model_made_from_a_config_alone_does_not_prune(family, pruned, one):
+    model = family.rbl_class(pruned.config)
+    with pytest.raises(ValueError, match="never loaded"):
+        model(**one)
+    model.load_state_dict(pruned.state_dict())
+    assert torch.equal(model.eval()(**one).logits, pruned(**one).logits)
+
+
+def test_a_max_length_shorter_than_the_prompt_names_the_original_length(pruned, one):
+    length = one.input_ids.shape[1]
+    with pytest.raises(ValueError, match=f"is {length}, but max_length is set to {length}"):
+        pruned.generate(**one, max_length=length)

@@ -64,7 +64,7 @@ class RedundancyCodebook(nn.Module):
 
     @classmethod
     def uninitialised(cls, num_prototypes: int, width: int) -> RedundancyCodebook:
-        """A codebook to load weights into. It holds NaN until then, and `score` would show it."""
+        """A codebook to load weights into. It holds NaN until then, and `score` raises."""
         codebook = cls.__new__(cls)
         with torch.device("cpu"):
             cls.__init__(codebook, torch.ones(num_prototypes, width))
@@ -83,6 +83,7 @@ class RedundancyCodebook(nn.Module):
     def normalise(self) -> None:
         """Refresh the unit-length copy that scores use. Call it after changing `prototypes` in place."""
         self.unit_prototypes = nn.functional.normalize(self.prototypes, dim=-1)
+        self.is_loaded = self.prototypes.device.type != "meta" and bool(self.prototypes.isfinite().all())
 
     @torch.no_grad()
     def score(self, tokens: torch.Tensor, kind: str = "cosine") -> torch.Tensor:
@@ -100,6 +101,8 @@ class RedundancyCodebook(nn.Module):
                 f"tokens of shape {tuple(tokens.shape)} do not fit a codebook of width {self.prototypes.shape[1]}: "
                 f"(L, {self.prototypes.shape[1]}) is expected."
             )
+        if not self.is_loaded:
+            raise ValueError("This codebook's prototypes were never loaded: the model was made from a config alone.")
         # Autocast would turn the product to half precision.
         with torch.autocast(tokens.device.type, enabled=False):
             return SCORERS[kind](tokens.detach().float(), self.unit_prototypes.to(tokens.device))

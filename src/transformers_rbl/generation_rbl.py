@@ -92,7 +92,7 @@ class RBLGenerationMixin(RBLMixin):
             if cached > 0:
                 self._prepend_cached(call, plan, ids, embeds, seen)
             compact_length = (call["input_ids"] if ids is not None else call["inputs_embeds"]).shape[1]
-            self._shift_lengths(call, prompt.shape[1] - compact_length)
+            self._shift_lengths(call, prompt.shape[1], compact_length)
             if ids is not None:
                 self._show_original(call, ids, compact_length)
 
@@ -183,11 +183,17 @@ class RBLGenerationMixin(RBLMixin):
             ids, torch.tensor([getattr(self.config, n) for n in names if hasattr(self.config, n)]).to(ids)
         )
 
-    def _shift_lengths(self, call: dict, missing: int) -> None:
+    def _shift_lengths(self, call: dict, length: int, compact_length: int) -> None:
         """`max_length` and `min_length` count the original prompt."""
+        longest = self._option(call, "max_length")
+        if longest is not None and longest <= length and self._option(call, "max_new_tokens") is None:
+            raise ValueError(
+                f"Input length of input_ids is {length}, but max_length is set to {longest}. Increase it, or set "
+                "max_new_tokens."
+            )
         for name in ("max_length", "min_length"):
             if (value := self._option(call, name)) is not None:
-                call[name] = max(value - missing, 0)
+                call[name] = max(value - (length - compact_length), 0)
 
     def _show_original(self, call: dict, ids: torch.Tensor, compact_length: int) -> None:
         """Let the user's own objects see sequences that begin with the original prompt."""
