@@ -186,3 +186,23 @@ def test_a_static_cache_can_be_reset_and_used_again(family, pruned):
         cache.reset()
         again = pruned.generate(**inputs, **GREEDY, past_key_values=cache)
         assert torch.equal(again, pruned.generate(**inputs, **GREEDY))
+
+
+def test_padded_text_turns_then_images(family, pruned):
+    """Rows of different lengths: positions of the images follow each row's own text, not the padding."""
+    first = turn(
+        pruned, opening := family.inputs(["<s>USER: hello there, you ASSISTANT:", "<s>USER: hi ASSISTANT:"], [])
+    )
+    question = family.inputs(["USER: <image>\nand this? ASSISTANT:"] * 2, family.images(1) * 2)
+    ids = torch.cat([first.sequences, question.input_ids], dim=1)
+    new = ids.shape[1] - opening.input_ids.shape[1]
+    mask = torch.cat([opening.attention_mask, torch.ones(2, new, dtype=torch.long)], dim=1)
+    call = {"input_ids": ids, "attention_mask": mask, "pixel_values": question.pixel_values}
+    call["image_sizes"] = question.image_sizes
+    expected = pruned.generate(**call, **GREEDY)
+    own = pruned(**call).logits[:, -1]
+    cached = pruned.generate(
+        **call, past_key_values=first.past_key_values, **GREEDY, output_logits=True, return_dict_in_generate=True
+    )
+    assert torch.equal(cached.sequences, expected)
+    torch.testing.assert_close(cached.logits[0], own, atol=2e-4, rtol=0)

@@ -329,10 +329,6 @@ class RBLModelMixin(RBLMixin):
         count, width = config.num_prototypes, config.text_config.hidden_size
         self.register_module("codebook", None if count is None else RedundancyCodebook.uninitialised(count, width))
 
-    def _init_weights(self, module):
-        if not isinstance(module, RedundancyCodebook):  # nothing may be invented for a codebook that was not loaded
-            super()._init_weights(module)
-
     def _get_image_features(self, stock, call: dict, pruning):
         pruning = self._active_pruning(pruning)
         if pruning is None:
