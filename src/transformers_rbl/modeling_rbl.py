@@ -302,7 +302,7 @@ class RBLMixin:
         if call.get("labels") is not None:
             extras["labels"] = call["labels"]
         if plan is not None and "logits" in outputs and self.config.full_length_logits:
-            outputs.logits = _full_length(outputs.logits, plan, call)
+            outputs.logits = _full_length(outputs.logits, plan)
             extras["prompt_mask"] = torch.ones_like(dropped)
             extras.pop("labels", None)
         if not return_dict:
@@ -315,8 +315,8 @@ class RBLMixin:
 class RBLModelMixin(RBLMixin):
     """Headless models: `get_image_features` returns the visual tokens that stay.
 
-    A family supplies `token_kinds(**arguments)`, what each visual token of each image is, and may override
-    `_base_features`, the base images alone.
+    A family supplies `token_kinds(**arguments)`, what each visual token of each image is, `_select`, some of the
+    images, and `_base_features`, their base images alone.
     """
 
     def __init_subclass__(cls, stock=None, **kwargs):
@@ -402,7 +402,7 @@ def kept_rows(plan: PromptPlan, rows: torch.Tensor) -> torch.Tensor:
     return place[0, rows]
 
 
-def _full_length(logits: torch.Tensor, plan: PromptPlan, call: dict) -> torch.Tensor:
+def _full_length(logits: torch.Tensor, plan: PromptPlan) -> torch.Tensor:
     if logits.shape[1] != plan.mask.shape[1]:
         raise ValueError("full_length_logits needs all logits: leave logits_to_keep at 0.")
     side = "right" if plan.mask[:, 0].all() else "left"
