@@ -33,7 +33,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transf
 
 def default_checkpoint() -> Path:
     """The small random checkpoint with a codebook in it, built on first use."""
-    folder = CACHE / "quickstart-1"
+    folder = CACHE / "quickstart-2"
     if not (folder / "codebook").exists():
         tiny_checkpoint.build(
             folder, image_size=112, patch_size=14, vision_width=128, vision_layers=4, width=256, layers=6, heads=8

@@ -1,7 +1,6 @@
-"""A small LLaVA-NeXT checkpoint of the real architecture, with random weights: for the quickstart, tests and
-benchmarks.
+"""Small checkpoints of the three real architectures, with random weights: for the quickstart, tests and benchmarks.
 
-Its answers mean nothing; every shape, layer and file is real.
+Their answers mean nothing; every shape, layer and file is real.
 """
 
 from __future__ import annotations
@@ -14,76 +13,121 @@ from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 
-PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
+FAMILIES = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+}
+SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<video>"]
+PAD, BOS, EOS, IMAGE, VIDEO = range(5)
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{{ message['role'] | upper }}: {% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'video' %}<video>\n"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens: reads and writes any text without a vocabulary file."""
-    specials = ["<pad>", "<s>", "</s>", "<image>"]
-    vocabulary = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        additional_special_tokens=["<image>"], model_max_length=8192,
+        additional_special_tokens=SPECIALS[3:], model_max_length=8192,
     )  # fmt: skip
 
 
-def config(image_size=28, patch_size=7, vision_width=32, vision_layers=3, width=32, layers=2, heads=4, **kwargs):
-    """A `LlavaNextConfig` with all the tile grids of the real one, and a single tile besides."""
-    grids = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+def config(
+    family="llava_next", tower=None, image_size=28, patch_size=7, vision_width=32, vision_layers=3, width=32, layers=2,
+    heads=4, **kwargs,
+):  # fmt: skip
+    """The config of a family, with its own kind of vision tower (`tower`: clip or siglip) and language model, every
+    tile grid that matters, and a single tile besides."""
     text = {
         "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2), "vocab_size": 260, "max_position_embeddings": 8192,
+        "num_key_value_heads": max(1, heads // 2), "vocab_size": len(SPECIALS) + 256, "max_position_embeddings": 8192,
         "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.15,
     }  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=vision_width, intermediate_size=2 * vision_width, num_hidden_layers=vision_layers,
-        num_attention_heads=4, image_size=image_size, patch_size=patch_size, initializer_factor=4.0,
-    )  # fmt: skip
-    return LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**text), image_token_index=IMAGE, vision_feature_layer=-2,
-        image_grid_pinpoints=[[rows * image_size, columns * image_size] for rows, columns in grids],
-        image_seq_length=(image_size // patch_size) ** 2, tie_word_embeddings=False, **kwargs,
-    )  # fmt: skip
+    vision = {
+        "hidden_size": vision_width, "intermediate_size": 2 * vision_width, "num_hidden_layers": vision_layers,
+        "num_attention_heads": 4, "image_size": image_size, "patch_size": patch_size,
+    }  # fmt: skip
+    common = {"image_token_index": IMAGE, "tie_word_embeddings": False}
+    tower = tower or ("siglip" if family == "llava_onevision" else "clip")
+    if tower == "clip":
+        common["vision_config"] = CLIPVisionConfig(**vision, initializer_factor=4.0)
+        common |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    else:
+        common["vision_config"] = SiglipVisionConfig(**vision, vision_use_head=False)
+        common |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    grids = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+    pinpoints = [[rows * image_size, columns * image_size] for rows, columns in grids]
+    sequence = (image_size // patch_size) ** 2
+    if family == "llava":
+        return LlavaConfig(**{**common, **kwargs}, text_config=LlamaConfig(**text), image_seq_length=sequence)
+    if family == "llava_next":
+        common |= {"image_grid_pinpoints": pinpoints, "image_seq_length": sequence}
+        return LlavaNextConfig(**{**common, **kwargs}, text_config=LlamaConfig(**text))
+    # Real checkpoints down-sample grids of more than nine tiles; these small ones, of more than two.
+    common |= {"image_grid_pinpoints": pinpoints, "video_token_index": VIDEO, "vision_aspect_ratio": "anyres_max_2"}
+    return LlavaOnevisionConfig(**{**common, **kwargs}, text_config=Qwen2Config(**text))
 
 
-def processor(cfg: LlavaNextConfig) -> LlavaNextProcessor:
-    side = cfg.vision_config.image_size
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=cfg.image_grid_pinpoints,
-    )
-    return LlavaNextProcessor(
-        images, tokenizer(), patch_size=cfg.vision_config.patch_size, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
-    )  # fmt: skip
+def processor(cfg):
+    """The family's own processor for that config."""
+    vision, strategy = cfg.vision_config, cfg.vision_feature_select_strategy
+    side, extra = vision.image_size, int(vision.model_type == "clip_vision_model")
+    size = {"shortest_edge": side}
+    common = {"vision_feature_select_strategy": strategy, "chat_template": CHAT_TEMPLATE}
+    if cfg.model_type.startswith("llava_onevision"):
+        from transformers import LlavaOnevisionVideoProcessor  # needs torchvision
+
+        square = {"height": side, "width": side}
+        images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=cfg.image_grid_pinpoints)
+        return LlavaOnevisionProcessor(
+            images, tokenizer(), LlavaOnevisionVideoProcessor(size=square), **common,
+            num_image_tokens=(side // vision.patch_size) ** 2, vision_aspect_ratio=cfg.vision_aspect_ratio,
+        )  # fmt: skip
+    common |= {"patch_size": vision.patch_size, "num_additional_image_tokens": extra}
+    if cfg.model_type.startswith("llava_next"):
+        images = LlavaNextImageProcessorPil(
+            size=size, crop_size={"height": side, "width": side}, image_grid_pinpoints=cfg.image_grid_pinpoints
+        )
+        return LlavaNextProcessor(images, tokenizer(), **common)
+    images = LlavaImageProcessorPil(size=size, crop_size={"height": side, "width": side})
+    return LlavaProcessor(images, tokenizer(), **common)
 
 
-def build(folder: str | Path, seed: int = 0, **sizes) -> Path:
+def build(folder: str | Path, family: str = "llava_next", seed: int = 0, **sizes) -> Path:
     """Write model, processor and generation config to `folder`; a finished one is used again."""
     folder = Path(folder)
     done = folder / "finished"
     if not done.exists():
-        cfg = config(**sizes)
+        cfg = config(family, **sizes)
         torch.manual_seed(seed)
-        model = LlavaNextForConditionalGeneration(cfg).eval()
+        model = FAMILIES[family](cfg).eval()
         model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
         model.save_pretrained(folder)
         processor(cfg).save_pretrained(folder)

@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextModel
+import transformers
+from transformers import AutoProcessor
 
 import tiny_checkpoint
-from transformers_rbl import (
-    LlavaNextForConditionalGenerationRBL,
-    LlavaNextModelRBL,
-    PruningConfig,
-    RedundancyCodebook,
-    kept_token_count,
-)
+import transformers_rbl
+from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 
 
 torch.set_num_threads(2)
@@ -48,12 +44,24 @@ class Family:
         sizes = [SIZES[i % len(SIZES)] for i in range(count)]
         return [Image.fromarray(random.randint(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
 
-    def inputs(self, texts, images=None, side="left"):
+    @property
+    def has_tiles(self):
+        return self.name != "llava"
+
+    def inputs(self, texts, images=None, side="left", **kwargs):
         """Processor output; `<image>` in a text takes the next image."""
-        needed = sum(text.count("<image>") for text in texts)
-        images = self.images(needed) if images is None and needed else images
+        needed = [text.count("<image>") for text in texts]
+        images = self.images(sum(needed)) if images is None and any(needed) else images
+        if images and self.name == "llava_onevision":  # lists by prompt: several images in one have no tiles
+            rest = iter(images)
+            images = [[next(rest) for _ in range(count)] for count in needed if count]
         self.processor.tokenizer.padding_side = side
-        return self.processor(images=images or None, text=list(texts), padding=True, return_tensors="pt")
+        return self.processor(images=images or None, text=list(texts), padding=True, return_tensors="pt", **kwargs)
+
+
+def visual(inputs):
+    """What the processor returned beside the text."""
+    return {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
 
 
 TEXTS = (
@@ -65,21 +73,33 @@ TEXTS = (
 ONE = TEXTS[1:2]
 
 
-@pytest.fixture(scope="session")
-def family(tmp_path_factory):
-    folder = tiny_checkpoint.build(tmp_path_factory.mktemp("next"))
-    processor = AutoProcessor.from_pretrained(folder)
-    prototypes = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+CLASSES = {
+    "llava": ("LlavaForConditionalGeneration", "LlavaModel"),
+    "llava_next": ("LlavaNextForConditionalGeneration", "LlavaNextModel"),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel"),
+}
+
+
+def make_family(name, folder, **sizes):
+    folder = tiny_checkpoint.build(folder, name, **sizes)
+    full, headless = CLASSES[name]
+    ours = "LlavaOnevision" if name == "llava_onevision" else full
     return Family(
-        "llava_next",
-        LlavaNextForConditionalGeneration,
-        LlavaNextModel,
-        LlavaNextForConditionalGenerationRBL,
-        LlavaNextModelRBL,
+        name,
+        getattr(transformers, full),
+        getattr(transformers, headless),
+        getattr(transformers_rbl, f"{ours}RBL"),
+        getattr(transformers_rbl, f"{headless}RBL"),
         folder,
-        processor,
-        RedundancyCodebook(prototypes),
+        AutoProcessor.from_pretrained(folder),
+        RedundancyCodebook(torch.randn(7, 32, generator=torch.Generator().manual_seed(0))),
     )
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def family(request, tmp_path_factory):
+    """Every test that asks for it runs for every family."""
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +131,7 @@ class Oracle:
         self.stock, self.prototypes = stock, prototypes
 
     def keep(self, tokens, newline, pruning: PruningConfig):
-        is_newline = [torch.equal(token, newline) for token in tokens]
+        is_newline = [newline is not None and torch.equal(token, newline) for token in tokens]
         patches = [i for i, last in enumerate(is_newline) if not last]
         scores = {i: max(float(torch.cosine_similarity(tokens[i], p, dim=0)) for p in self.prototypes) for i in patches}
         order = sorted(patches, key=lambda i: (scores[i], i))
@@ -125,7 +145,7 @@ class Oracle:
     def features(self, inputs):
         if inputs.get("pixel_values") is None:
             return []
-        return self.stock.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        return self.stock.model.get_image_features(**visual(inputs)).pooler_output
 
     @torch.no_grad()
     def embed(self, inputs, row, pruning):
@@ -134,7 +154,8 @@ class Oracle:
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         image_id = self.stock.config.image_token_id
         before = int((ids[:row] == image_id).sum())
-        masks = [self.keep(tokens, self.stock.model.image_newline, pruning) for tokens in images]
+        newline = getattr(self.stock.model, "image_newline", None)
+        masks = [self.keep(tokens, newline, pruning) for tokens in images]
         flat = torch.cat(images) if images else None
         flat_mask = torch.cat(masks) if images else None
         embeds, positions, slot = [], [], before

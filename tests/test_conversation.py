@@ -8,7 +8,7 @@ import transformers
 from packaging import version
 from transformers import StaticCache
 
-from conftest import GREEDY
+from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig
 
 
@@ -54,7 +54,7 @@ def test_beams_about_a_second_image(family, pruned):
     expected = pruned.generate(input_ids=ids, **family.processor.image_processor(images, return_tensors="pt"), **beams)
     cache = first.past_key_values
     cache.batch_repeat_interleave(3)
-    pixels = {key: question[key] for key in ("pixel_values", "image_sizes")}
+    pixels = visual(question)
     assert torch.equal(pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **beams), expected)
 
 
@@ -68,7 +68,7 @@ def test_a_third_turn_and_a_second_image(family, pruned):
     ids = torch.cat([second.sequences, question.input_ids], dim=1)
     both = family.processor.image_processor(images, return_tensors="pt")
     expected = pruned.generate(input_ids=ids, **both, **GREEDY)
-    for pixels in (both, {key: question[key] for key in ("pixel_values", "image_sizes")}):
+    for pixels in (both, visual(question)):
         cache = copy.deepcopy(second.past_key_values)
         encoded = []
         hook = pruned.model.vision_tower.register_forward_pre_hook(
@@ -77,7 +77,7 @@ def test_a_third_turn_and_a_second_image(family, pruned):
         third = pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **GREEDY)
         hook.remove()
         assert torch.equal(third, expected)
-        assert encoded == [pruned.model._num_tiles(question.image_sizes)[0]]  # the new image only
+        assert encoded == [pruned.model._num_tiles(question)[0]]  # the new image only
 
 
 def test_new_ids_alone_beside_a_mask_for_all(family, pruned):
@@ -110,7 +110,7 @@ def test_text_first_then_an_image(family, stock, pruned):
     first = turn(pruned, opening)
     question = family.inputs(["USER: <image>\nand this? ASSISTANT:"])
     ids = torch.cat([first.sequences, question.input_ids], dim=1)
-    pixels = {key: question[key] for key in ("pixel_values", "image_sizes")}
+    pixels = visual(question)
     expected = pruned.generate(input_ids=ids, **pixels, **GREEDY)
     second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **pixels, **GREEDY)
     assert torch.equal(second, expected)
@@ -148,7 +148,7 @@ def test_sampled_conversations_continue_in_parallel(family, pruned):
     )
     ids = append(family, first.sequences, MORE)
     second = pruned.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
-    pixels = {key: inputs[key].repeat_interleave(3, dim=0) for key in ("pixel_values", "image_sizes")}
+    pixels = {key: value.repeat_interleave(3, dim=0) for key, value in visual(inputs).items()}
     assert torch.equal(second, pruned.generate(input_ids=ids, **pixels, **GREEDY))
 
 
@@ -197,8 +197,7 @@ def test_padded_text_turns_then_images(family, pruned):
     ids = torch.cat([first.sequences, question.input_ids], dim=1)
     new = ids.shape[1] - opening.input_ids.shape[1]
     mask = torch.cat([opening.attention_mask, torch.ones(2, new, dtype=torch.long)], dim=1)
-    call = {"input_ids": ids, "attention_mask": mask, "pixel_values": question.pixel_values}
-    call["image_sizes"] = question.image_sizes
+    call = {"input_ids": ids, "attention_mask": mask, **visual(question)}
     expected = pruned.generate(**call, **GREEDY)
     own = pruned(**call).logits[:, -1]
     cached = pruned.generate(

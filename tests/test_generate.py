@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import GREEDY, TEXTS
+from conftest import GREEDY, TEXTS, visual
 from transformers_rbl import PruningConfig
 
 
@@ -120,18 +120,17 @@ def test_assisted_decoding(stock, pruned, one, assistant):
 
 def test_inputs_embeds(pruned, one):
     embeds = pruned.get_input_embeddings()(one.input_ids)
-    visual = {key: one[key] for key in ("pixel_values", "image_sizes")}
     expected = new_tokens(pruned.generate(**one, **GREEDY), one)
-    assert torch.equal(pruned.generate(inputs_embeds=embeds, **visual, **GREEDY), expected)
-    both = pruned.generate(input_ids=one.input_ids, inputs_embeds=embeds, **visual, **GREEDY)
+    assert torch.equal(pruned.generate(inputs_embeds=embeds, **visual(one), **GREEDY), expected)
+    both = pruned.generate(input_ids=one.input_ids, inputs_embeds=embeds, **visual(one), **GREEDY)
     assert torch.equal(new_tokens(both, one), expected)
-    logits = pruned(inputs_embeds=embeds, **visual).logits
+    logits = pruned(inputs_embeds=embeds, **visual(one)).logits
     torch.testing.assert_close(logits, pruned(**one).logits)
 
 
 def test_features_encoded_beforehand(pruned, one):
     expected = pruned.generate(**one, **GREEDY)
-    features = pruned.get_image_features(one.pixel_values, one.image_sizes)
+    features = pruned.get_image_features(**visual(one))
     text = {"input_ids": one.input_ids, "attention_mask": one.attention_mask}
     assert torch.equal(pruned.generate(**text, **GREEDY, mm_encoder_outputs={"image": features}), expected)
     torch.testing.assert_close(pruned(**text, mm_encoder_outputs={"image": features}).logits, pruned(**one).logits)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .pruning import SCORERS, PruningConfig, select_tokens
+from .pruning import PruningConfig, kept_token_count, score_tokens, select_tokens
 
 
 WEIGHTS_NAME = "codebook.safetensors"
@@ -85,13 +85,13 @@ class RedundancyCodebook(nn.Module):
         self.unit_prototypes = nn.functional.normalize(self.prototypes, dim=-1)
         self.is_loaded = self.prototypes.device.type != "meta" and bool(self.prototypes.isfinite().all())
 
-    @torch.no_grad()
-    def score(self, tokens: torch.Tensor, kind: str = "cosine") -> torch.Tensor:
+    def score(self, tokens: torch.Tensor, kind: str = "cosine", **given) -> torch.Tensor:
         """How redundant each token is.
 
         Args:
             tokens (`torch.Tensor` of shape `(L, d)`): visual tokens of one image, any floating dtype.
             kind (`str`): a key of [`~transformers_rbl.pruning.SCORERS`].
+            given: what a scorer needs beside tokens and prototypes (`seed`, `frame`, `cls_similarity`, `count`).
 
         Returns:
             `torch.FloatTensor` of shape `(L,)`, on the tokens' device; higher is more redundant.
@@ -103,18 +103,18 @@ class RedundancyCodebook(nn.Module):
             )
         if not self.is_loaded:
             raise ValueError("This codebook's prototypes were never loaded: the model was made from a config alone.")
-        # Autocast would turn the product to half precision.
-        with torch.autocast(tokens.device.type, enabled=False):
-            return SCORERS[kind](tokens.detach().float(), self.unit_prototypes.to(tokens.device))
+        given = {"seed": 0, "frame": 0, **given}
+        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes.to(tokens.device), **given)
 
     def keep_mask(self, tokens: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
         """Which of one image's tokens `(L, d)` stay under `pruning`: `torch.BoolTensor` of shape `(L,)`."""
-        if not pruning.enabled:
-            return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-        return select_tokens(self.score(tokens, pruning.score), pruning)
+        return keep_mask(tokens, pruning, self)
 
     def without_duplicates(self) -> RedundancyCodebook:
-        """The same codebook without exactly repeated rows (first ones stay, in order). All scores stay the same."""
+        """The same codebook without exactly repeated rows (first ones stay, in order).
+
+        Cosine scores stay the same; softmax scores, which count every prototype, do not.
+        """
         _, group = self.prototypes.unique(dim=0, return_inverse=True)
         first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
         first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
@@ -249,6 +249,38 @@ class RedundancyCodebook(nn.Module):
     def extra_repr(self) -> str:
         count, width = self.prototypes.shape
         return f"{count} prototypes of width {width}, base_model={self.base_model!r}"
+
+
+def keep_mask(
+    tokens: torch.Tensor,
+    pruning: PruningConfig,
+    codebook: RedundancyCodebook | None = None,
+    cls_similarity: torch.Tensor | None = None,
+    frame: int = 0,
+) -> torch.Tensor:
+    """Which tokens of one image (or of one video frame) stay.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(L, d)`): the scored tokens.
+        pruning (`PruningConfig`): the settings.
+        codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
+        cls_similarity (`torch.Tensor` of shape `(L,)`, *optional*): needed by the scorers of that name.
+        frame (`int`, defaults to 0): number of the frame in its video, for `score="random"`.
+
+    Returns:
+        `torch.BoolTensor` of shape `(L,)`.
+    """
+    if not pruning.enabled or len(tokens) == 0:
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    count = None
+    if pruning.keep_ratio is not None:
+        count = kept_token_count(len(tokens), pruning.keep_ratio, pruning.min_tokens)
+    given = {"seed": pruning.seed, "frame": frame, "count": count, "cls_similarity": cls_similarity}
+    if codebook is not None and pruning.needs_codebook:
+        scores = codebook.score(tokens, pruning.score, **given)
+    else:
+        scores = score_tokens(pruning.score, tokens=tokens, **given)
+    return select_tokens(scores, pruning)
 
 
 def _check_prototypes(prototypes: torch.Tensor) -> None:

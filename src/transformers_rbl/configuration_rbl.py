@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import LlavaNextConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
 from .pruning import PruningConfig
 
@@ -52,8 +52,16 @@ class RBLConfigMixin:
         return output
 
 
+class LlavaRBLConfig(RBLConfigMixin, LlavaConfig):
+    model_type = "llava_rbl"
+
+
 class LlavaNextRBLConfig(RBLConfigMixin, LlavaNextConfig):
     model_type = "llava_next_rbl"
 
 
-__all__ = ["LlavaNextRBLConfig"]
+class LlavaOnevisionRBLConfig(RBLConfigMixin, LlavaOnevisionConfig):
+    model_type = "llava_onevision_rbl"
+
+
+__all__ = ["LlavaNextRBLConfig", "LlavaOnevisionRBLConfig", "LlavaRBLConfig"]

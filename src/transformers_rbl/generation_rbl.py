@@ -24,7 +24,9 @@ class RBLGenerationMixin(RBLMixin):
         if stock is not None:
             cls.headless = headless
             cls.generate = with_pruning(stock.generate, RBLGenerationMixin._generate)
-            cls.get_image_features = with_pruning(stock.get_image_features, RBLGenerationMixin._get_image_features)
+            for name in ("get_image_features", "get_video_features"):
+                if hasattr(stock, name):
+                    setattr(cls, name, with_pruning(getattr(stock, name), RBLGenerationMixin._get_features))
 
     def __init__(self, config):
         # Past the stock class's own __init__, which would build a stock headless model.
@@ -43,7 +45,7 @@ class RBLGenerationMixin(RBLMixin):
         else:
             super().__setattr__(name, value)
 
-    def _get_image_features(self, stock, call: dict, pruning):
+    def _get_features(self, stock, call: dict, pruning):
         return stock(self, **call, pruning=pruning)  # stock hands its keyword arguments on to the headless model
 
     @torch.no_grad()
@@ -153,15 +155,15 @@ class RBLGenerationMixin(RBLMixin):
         for modality, pixels in PIXELS.items():
             if call.get(pixels) is None:
                 continue
-            counts = [len(kinds) for kinds in self.model.token_kinds(**call)]
+            counts = [len(kinds) for kinds in self.model.token_kinds(modality, **call)]
             columns = self._placeholders(modality, ids, embeds).nonzero()[:, 1]
             if sum(counts) != len(columns):
                 continue  # the new images alone, or a mismatch, which _dropped will name
             first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(columns.device)
             new = (columns[first] >= seen).nonzero()[:, 0].tolist()
             if any(columns[first[i]] < seen <= columns[first[i] + counts[i] - 1] for i in range(len(counts))):
-                raise ValueError(f"The cache ends in the middle of an {modality}: start with a new cache.")
-            self.model._select(call, new)
+                raise ValueError("The cache ends in the middle of an image or video: start with a new cache.")
+            self.model._select(call, new, modality)
 
     def _prepend_cached(self, call: dict, plan: PromptPlan, ids, embeds, seen: int) -> None:
         """Give compact ids and positions a cached part again: stock slices it off by the cache's length."""

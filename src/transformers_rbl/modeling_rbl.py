@@ -1,9 +1,9 @@
-"""How transformers is taught to prune: visual features lose redundant tokens, the prompt loses their placeholders.
+"""How transformers is taught to prune: the prompt loses the placeholders of visual tokens that were dropped.
 
-`RBLModelMixin`, for headless models, prunes what `get_image_features` returns and says what it kept (`keep_masks`).
-Full models compact the prompt in `forward` in the same way (`RBLMixin`), and in `generate` (`generation_rbl.py`).
-Features that carry `keep_masks` belong to a prompt with all its placeholders, features without to one that fits them
-already.
+Headless models prune what `get_image_features` returns and say what they kept, `keep_masks` (`features_rbl.py`).
+`RBLMixin` is what headless and full models share: loading, settings, and the compact prompt in `forward`. Full models
+do the same in `generate` (`generation_rbl.py`). Features that carry `keep_masks` belong to a prompt with all its
+placeholders, features without to one that fits them already.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .codebook import RedundancyCodebook
 from .loading import check_base_model, inherit_key_conversion, missing_weights
 from .prompt import CachedPrompt, PromptPlan, check_placeholders, scatter_to_prompt
-from .pruning import BASE, NEWLINE, PATCH, PruningConfig, keep_newlines
+from .pruning import PruningConfig
 
 
 logger = logging.get_logger(__name__)
@@ -183,7 +183,7 @@ class RBLMixin:
         pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
         if pruning is None or not pruning.enabled:
             return None
-        if self.base_model.codebook is None:
+        if self.base_model.codebook is None and pruning.needs_codebook:
             raise ValueError(
                 "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "
                 "or switch pruning off with PruningConfig(enabled=False)."
@@ -191,9 +191,11 @@ class RBLMixin:
         return pruning
 
     def _prunes(self, call: dict, pruning) -> bool:
-        """Whether there is something to prune, or pruned already, in this call."""
+        """Whether there is something to prune, or pruned already, in this call; or videos that stock cannot stack."""
         given = [output for output in (call.get("mm_encoder_outputs") or {}).values() if output is not None]
         if any(mask in output for output in given for mask in MASKS.values()):
+            return True
+        if isinstance(call.get(PIXELS["video"]), (list, tuple)):
             return True
         has_pixels = any(call.get(pixels) is not None for pixels in PIXELS.values())
         return has_pixels and (pruning is not None or self._active_pruning(None) is not None)
@@ -273,7 +275,7 @@ class RBLMixin:
         cache = call.get("past_key_values")
         memory = CachedPrompt.of(cache)
         if memory is None and not self._prunes(call, pruning):
-            return stock(self, **call)
+            return stock(self, **with_videos_joined(call))
 
         return_dict = call.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -293,7 +295,7 @@ class RBLMixin:
             self._compact(call, plan)
         call["mm_encoder_outputs"] = without_masks(features)
         with forgotten(cache):
-            outputs = stock(self, **call, return_dict=True)
+            outputs = stock(self, **with_videos_joined(call), return_dict=True)
         extras = {key: features[modality][key] for modality, key in MASKS.items() if key in features.get(modality, {})}
         extras["prompt_mask"] = torch.ones_like(dropped) if plan is None else plan.kept
         if plan is not None and outputs.past_key_values is not None and not plan.kept.all():
@@ -310,66 +312,6 @@ class RBLMixin:
         for key, value in extras.items():
             outputs[key] = value
         return outputs
-
-
-class RBLModelMixin(RBLMixin):
-    """Headless models: `get_image_features` returns the visual tokens that stay.
-
-    A family supplies `token_kinds(**arguments)`, what each visual token of each image is, `_select`, some of the
-    images, and `_base_features`, their base images alone.
-    """
-
-    def __init_subclass__(cls, stock=None, **kwargs):
-        super().__init_subclass__(stock=stock, **kwargs)
-        if stock is not None:
-            cls.get_image_features = with_pruning(stock.get_image_features, RBLModelMixin._get_image_features)
-
-    def __init__(self, config):
-        super().__init__(config)
-        count, width = config.num_prototypes, config.text_config.hidden_size
-        self.register_module("codebook", None if count is None else RedundancyCodebook.uninitialised(count, width))
-
-    def _get_image_features(self, stock, call: dict, pruning):
-        pruning = self._active_pruning(pruning)
-        if pruning is None:
-            return stock(self, **call)
-        return_dict = call.pop("return_dict", None)
-        kinds = self.token_kinds(**call)
-        if pruning.tiles == "base":
-            outputs = self._base_features(call)
-        else:
-            outputs = stock(self, **call, return_dict=True)
-        pairs = zip(outputs.pooler_output, kinds, strict=True)
-        kept = [self._keep(tokens, kind.to(tokens.device), pruning) for tokens, kind in pairs]
-        outputs.pooler_output = [features for features, _ in kept]
-        outputs["keep_masks"] = [mask for _, mask in kept]
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
-
-    def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig):
-        """One image: the tokens that stay, `(kept, d)`, and where they stood, `(L,)` bool.
-
-        `tokens` are `(L, d)`, one per entry of `kinds`; with `tiles="base"`, the base image's alone.
-        """
-        base_only = pruning.tiles == "base"
-        scored = kinds == (BASE if base_only and (kinds == BASE).any() else PATCH)
-        if not base_only:
-            scored |= kinds == BASE
-        if len(tokens) != (int(scored.sum()) if base_only else len(kinds)):
-            raise ValueError(
-                f"An image came as {len(tokens)} visual tokens where {len(kinds)} were expected: pruning does not "
-                "know this vision tower's layout (vision_feature_select_strategy?)."
-            )
-        mask = torch.zeros_like(scored)
-        mask[scored] = self.codebook.keep_mask(tokens if base_only else tokens[scored], pruning)
-        if not base_only:
-            mask |= keep_newlines(mask, kinds, pruning.newlines)
-            return tokens[mask], mask
-        features = tokens[mask[scored]]
-        if pruning.newlines == "last" and (kinds == NEWLINE).any():
-            # Rows end with the tiles; "last" asks for one row end all the same.
-            mask |= keep_newlines(mask, kinds, "last")
-            features = torch.cat([features, self.image_newline[None].to(features)])
-        return features, mask
 
 
 class forgotten:
@@ -390,6 +332,16 @@ class forgotten:
 def without_masks(features: dict) -> dict:
     """What stock code gets: features that fit the prompt they come with."""
     return {key: BaseModelOutputWithPooling(pooler_output=output.pooler_output) for key, output in features.items()}
+
+
+def with_videos_joined(call: dict) -> dict:
+    """Stock `forward` reads a batch of videos as one tensor; `generate` needs them apart, to repeat rows for beams."""
+    given = call.get("mm_encoder_outputs") or {}
+    video = given.get("video")
+    if video is None or isinstance(video.pooler_output, torch.Tensor):
+        return call
+    joined = BaseModelOutputWithPooling(pooler_output=torch.cat(list(video.pooler_output))[None])
+    return {**call, "mm_encoder_outputs": {**given, "video": joined}}
 
 
 def kept_rows(plan: PromptPlan, rows: torch.Tensor) -> torch.Tensor:
