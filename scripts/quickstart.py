@@ -1,4 +1,4 @@
-"""Ask a LLaVA-NeXT model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a
+"""Ask a LLaVA model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a
 picture.
 
 python scripts/quickstart.py                                    # a small random checkpoint, two real photos, no network
@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoProcessor
 
 import tiny_checkpoint
-from transformers_rbl import LlavaNextForConditionalGenerationRBL, PruningConfig, RedundancyCodebook
+from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.evaluation.plots import plot_kept
 
 
@@ -38,7 +38,7 @@ def default_checkpoint() -> Path:
         tiny_checkpoint.build(
             folder, image_size=112, patch_size=14, vision_width=128, vision_layers=4, width=256, layers=6, heads=8
         )
-        model = LlavaNextForConditionalGenerationRBL.from_pretrained(folder).eval()
+        model = rbl_class(folder).from_pretrained(folder).eval()
         flat_patches(model, AutoProcessor.from_pretrained(folder)).save_pretrained(folder / "codebook")
     return folder
 
@@ -104,7 +104,7 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
         codebook = model_id / "codebook"
         console.print(f"Random weights (every answer is noise, every figure is real): [bold]{model_id}[/bold]")
     photos = [Image.open(path).convert("RGB") for path in images] if images else sample_photos()
-    model = LlavaNextForConditionalGenerationRBL.from_pretrained(
+    model = rbl_class(model_id).from_pretrained(
         model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype="auto",
     ).eval()  # fmt: skip
     if model.pruning is None:
@@ -123,7 +123,7 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
         seconds, size, output = measure(model, inputs, repeats)
         mask = output.keep_masks[0]
         masks.append(mask)
-        kinds += model.model.token_kinds(inputs["pixel_values"], inputs["image_sizes"])
+        kinds += model.model.token_kinds(**inputs)
         for name, count, pruning in (("stock", len(mask), OFF), ("pruned", int(mask.sum()), None)):
             ids = model.generate(**inputs, pruning=pruning, max_new_tokens=max_new_tokens, do_sample=False)
             answer = processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0]
@@ -151,7 +151,9 @@ def describe(pruning: PruningConfig) -> str:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="LLaVA-NeXT checkpoint: folder or Hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision checkpoint: folder or Hub id.")
+    ] = None,
     codebook: Annotated[
         str | None, typer.Option(help="Codebook: folder or Hub id; none for a saved RBL model.")
     ] = None,
@@ -163,7 +165,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each, interleaved.")] = 7,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/quickstart.png"),
 ) -> None:
-    """Stock and pruned LLaVA-NeXT side by side."""
+    """Stock and pruned answers side by side."""
     try:
         run(model, codebook, image, prompt, keep_ratio, threshold, max_new_tokens, repeats, out)
     except (ValueError, OSError) as error:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 import transformers
+from PIL import Image
 from transformers import AutoProcessor
 
 import tiny_checkpoint

@@ -1,16 +1,6 @@
 """Codebook pruning of visual tokens for Hugging Face LLaVA models. Importing this registers the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    LlavaNextProcessor,
-    LlavaOnevisionProcessor,
-    LlavaProcessor,
-)
-
+from .auto_rbl import rbl_class, register
 from .codebook import RedundancyCodebook
 from .configuration_rbl import LlavaNextRBLConfig, LlavaOnevisionRBLConfig, LlavaRBLConfig
 from .modeling_llava_next_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextModelRBL
@@ -22,16 +12,7 @@ from .pruning import PruningConfig, kept_token_count
 
 __version__ = "0.1.0"
 
-for _config, _model, _full, _processor in (
-    (LlavaRBLConfig, LlavaModelRBL, LlavaForConditionalGenerationRBL, LlavaProcessor),
-    (LlavaNextRBLConfig, LlavaNextModelRBL, LlavaNextForConditionalGenerationRBL, LlavaNextProcessor),
-    (LlavaOnevisionRBLConfig, LlavaOnevisionModelRBL, LlavaOnevisionRBL, LlavaOnevisionProcessor),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForImageTextToText.register(_config, _full, exist_ok=True)
-    AutoModelForMultimodalLM.register(_config, _full, exist_ok=True)
-    AutoProcessor.register(_config, _processor, exist_ok=True)
+register()
 
 __all__ = [
     "LlavaForConditionalGenerationRBL",
@@ -46,5 +27,6 @@ __all__ = [
     "PruningConfig",
     "RedundancyCodebook",
     "kept_token_count",
+    "rbl_class",
     "scatter_to_prompt",
 ]

@@ -37,9 +37,19 @@ class RBLConfigMixin:
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As stock, but a stock checkpoint's model type becomes this class's: reading one here is the normal path."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == cls.stock_model_type():
+        found = config_dict.get("model_type")
+        if found == cls.stock_model_type():
             config_dict = {**config_dict, "model_type": cls.model_type}
+        elif found != cls.model_type and found in {t for c in RBLConfigMixin.__subclasses__() for t in c.model_types()}:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {found} checkpoint, not {cls.stock_model_type()}: "
+                "transformers_rbl.rbl_class(…) names the class for it."
+            )
         return config_dict, kwargs
+
+    @classmethod
+    def model_types(cls) -> tuple[str, str]:
+        return cls.model_type, cls.stock_model_type()
 
     @classmethod
     def stock_model_type(cls) -> str:
