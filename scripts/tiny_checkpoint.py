@@ -108,7 +108,7 @@ def processor(cfg):
         images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=cfg.image_grid_pinpoints)
         return LlavaOnevisionProcessor(
             images, tokenizer(), LlavaOnevisionVideoProcessor(size=square), **common,
-            num_image_tokens=(side // vision.patch_size) ** 2, vision_aspect_ratio=cfg.vision_aspect_ratio,
+            num_image_tokens=(side // vision.patch_size) ** 2 + extra, vision_aspect_ratio=cfg.vision_aspect_ratio,
         )  # fmt: skip
     common |= {"patch_size": vision.patch_size, "num_additional_image_tokens": extra}
     if cfg.model_type.startswith("llava_next"):

@@ -180,11 +180,11 @@ def greedy_diversity(tokens: torch.Tensor, count: int | None) -> torch.Tensor:
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-math.inf)
     scores = torch.full_like(cosines[0], math.inf)
-    nearest, left = cosines.amax(dim=1), torch.zeros_like(scores)  # `left` is infinite for chosen tokens
+    nearest, chosen = cosines.amax(dim=1), torch.zeros_like(scores, dtype=torch.bool)
     for step in range(len(tokens) if count is None else count):
-        pick = (nearest + left).argmin()
+        pick = nearest.masked_fill(chosen, math.inf).argmin()
         scores[pick] = nearest[pick] if step else -1.0
-        left[pick] = math.inf
+        chosen[pick] = True
         nearest = cosines[pick] if step == 0 else torch.maximum(nearest, cosines[pick])
     return scores
 

@@ -1,0 +1,209 @@
+"""Every scorer through one matrix; a scorer is one function and one line in `SCORERS`."""
+
+import itertools
+
+import pytest
+import torch
+
+from conftest import GREEDY, make_family, visual
+from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
+from transformers_rbl.codebook import keep_mask
+from transformers_rbl.pruning import SCORERS, score_tokens, select_tokens
+
+
+ALL = sorted(SCORERS)
+WITHOUT_CODEBOOK = [name for name in ALL if not PruningConfig(keep_ratio=0.5, score=name).needs_codebook]
+
+
+@pytest.fixture
+def given():
+    """What a scorer may ask for, of 40 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(40, 12, generator=generator)
+    book = RedundancyCodebook(torch.randn(6, 12, generator=generator))
+    similarity = torch.rand(40, generator=generator)
+    return {"tokens": tokens, "codebook": book, "cls_similarity": similarity}
+
+
+def scores(name, given, **changes):
+    given = {**given, **changes}
+    prototypes = given["codebook"].unit_prototypes
+    rest = {"cls_similarity": given["cls_similarity"], "seed": given.get("seed", 0), "frame": given.get("frame", 0)}
+    return score_tokens(name, tokens=given["tokens"], unit_prototypes=prototypes, **rest)
+
+
+def mask(name, given, **changes):
+    given = {**given, **changes}
+    settings = PruningConfig(keep_ratio=given.pop("keep_ratio", 0.3), score=name, seed=given.pop("seed", 0))
+    return keep_mask(given.pop("tokens"), settings, **given)
+
+
+@pytest.mark.parametrize("name", ALL)
+class TestEveryScorer:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_one_float32_score_a_token(self, name, given, dtype):
+        result = scores(name, given, tokens=given["tokens"].to(dtype))
+        assert result.shape == (40,) and result.dtype == torch.float32 and not result.isnan().any()
+
+    def test_the_same_call_gives_the_same_scores_and_autocast_changes_nothing(self, name, given):
+        first = scores(name, given)
+        assert torch.equal(first, scores(name, given))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(first, scores(name, given))
+
+    @pytest.mark.parametrize("ratio", [0.01, 0.11, 0.5, 0.975, 1.0])
+    def test_a_ratio_keeps_exactly_that_many_of_the_lowest(self, name, given, ratio):
+        kept = mask(name, given, keep_ratio=ratio)
+        assert kept.dtype == torch.bool and kept.sum() == kept_token_count(40, ratio)
+        result = scores(name, given)
+        assert kept.all() or result[kept].max() <= result[~kept].min()
+
+    def test_a_threshold_cuts_the_same_ranking(self, name, given):
+        result = scores(name, given)
+        cut = float(result.sort().values[12])
+        kept = keep_mask(
+            given["tokens"], PruningConfig(threshold=cut, score=name), given["codebook"], given["cls_similarity"]
+        )
+        assert torch.equal(kept, result < cut) and kept.sum() == 12
+
+    def test_fewer_tokens_are_a_subset_of_more(self, name, given):
+        few, many = mask(name, given, keep_ratio=0.2), mask(name, given, keep_ratio=0.6)
+        assert (few <= many).all()
+
+    def test_the_order_of_prototypes_changes_nothing(self, name, given):
+        shuffled = RedundancyCodebook(given["codebook"].prototypes[[3, 0, 5, 1, 4, 2]])
+        torch.testing.assert_close(scores(name, given, codebook=shuffled), scores(name, given))
+        assert torch.equal(mask(name, given, codebook=shuffled), mask(name, given))
+
+    def test_length_of_tokens_and_prototypes_changes_nothing(self, name, given):
+        longer = RedundancyCodebook(given["codebook"].prototypes * 64)
+        changed = scores(name, given, codebook=longer, tokens=given["tokens"] * 128)
+        torch.testing.assert_close(changed, scores(name, given))
+
+    def test_equal_tokens_tie_and_the_earlier_stays(self, name, given):
+        same = {"tokens": given["tokens"][:1].expand(8, -1), "cls_similarity": torch.full((8,), 0.5)}
+        if name != "random":
+            assert mask(name, given, **same, keep_ratio=0.5).tolist() == [True] * 4 + [False] * 4
+
+    def test_no_tokens_and_one_token(self, name, given):
+        empty = mask(name, given, tokens=given["tokens"][:0], cls_similarity=given["cls_similarity"][:0])
+        assert empty.shape == (0,)
+        assert mask(name, given, tokens=given["tokens"][:1], cls_similarity=given["cls_similarity"][:1]).tolist() == [
+            True
+        ]
+
+    def test_what_it_needs_is_named(self, name):
+        with pytest.raises(ValueError, match=f"score='{name}' needs"):
+            score_tokens(name)
+
+
+def test_softmax_scores_are_the_formulas(given):
+    unit = torch.nn.functional.normalize(given["tokens"], dim=-1)
+    c = (unit @ given["codebook"].unit_prototypes.T).exp()
+    single, double = c / c.sum(1, keepdim=True), c / c.sum(0, keepdim=True)
+    torch.testing.assert_close(scores("softmax", given), single.amax(1))
+    torch.testing.assert_close(scores("double_softmax", given), (single * double).amax(1))
+
+
+def test_random_is_reproducible_by_seed_and_frame(given):
+    drawn = [scores("random", given, seed=seed, frame=frame) for seed, frame in ((0, 0), (1, 0), (0, 1))]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))
+    state = torch.random.get_rng_state()
+    scores("random", given)
+    assert torch.equal(state, torch.random.get_rng_state())  # the user's own draws are left alone
+
+
+def test_cls_similarity_keeps_either_end(given):
+    low, high = mask("cls_similarity_low", given), mask("cls_similarity_high", given)
+    order = given["cls_similarity"].argsort()
+    assert set(low.nonzero()[:, 0].tolist()) == set(order[:12].tolist())
+    assert set(high.nonzero()[:, 0].tolist()) == set(order[-12:].tolist())
+
+
+def test_diversity_is_the_greedy_max_min_rule(given):
+    unit = torch.nn.functional.normalize(given["tokens"], dim=-1)
+    distance = 1 - unit @ unit.T
+    away = [min(float(distance[i, j]) for j in range(40) if j != i) for i in range(40)]
+    chosen = [max(range(40), key=lambda i: away[i])]
+    while len(chosen) < 12:
+        rest = [i for i in range(40) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(float(distance[i, j]) for j in chosen)))
+    assert set(mask("diversity", given).nonzero()[:, 0].tolist()) == set(chosen)
+    every = scores("diversity", given)
+    assert every[chosen].tolist() == sorted(every[chosen].tolist()) and every.isfinite().all()
+
+
+def test_a_new_scorer_is_one_function_and_one_line(given, monkeypatch):
+    monkeypatch.setitem(SCORERS, "norm", lambda tokens: tokens.norm(dim=-1))
+    kept = mask("norm", given)
+    assert torch.equal(kept, select_tokens(given["tokens"].norm(dim=-1), PruningConfig(keep_ratio=0.3)))
+    with pytest.raises(ValueError, match="score must be one of"):
+        PruningConfig(keep_ratio=0.3, score="nrom")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_models_prune_by_every_scorer(family, pruned, batch, name):
+    """Kept counts are exact, a batch equals single, and what comes out is what stayed."""
+    settings = PruningConfig(keep_ratio=0.3, score=name)
+    if name.startswith("cls") and family.name == "llava_onevision":
+        with pytest.raises(ValueError, match=r"\[cls\] token.*siglip"):
+            pruned(**batch, pruning=settings)
+        return
+    output = pruned(**batch, pruning=settings)
+    kinds = pruned.model.token_kinds(**batch)
+    for kept, kind in zip(output.keep_masks, kinds, strict=True):
+        assert kept[kind != 2].sum() == kept_token_count(int((kind != 2).sum()), 0.3) and kept[kind == 2].all()
+    alone = family.inputs(["<s>USER: <image>\nHow many? ASSISTANT:"], family.images(2)[1:])
+    single = pruned(**alone, pruning=settings)
+    assert torch.equal(single.keep_masks[0], output.keep_masks[1])
+    sequences = pruned.generate(**batch, **GREEDY, pruning=settings)
+    assert sequences.shape[1] > batch.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("name", WITHOUT_CODEBOOK)
+def test_baselines_need_no_codebook(family, one, name):
+    settings = PruningConfig(keep_ratio=0.3, score=name)
+    model = family.rbl_class.from_pretrained(family.folder, pruning=settings).eval()
+    if name.startswith("cls") and family.name == "llava_onevision":
+        return
+    assert not model(**one).prompt_mask.all() and model.codebook is None
+    with pytest.raises(ValueError, match="no codebook"):
+        model(**one, pruning=PruningConfig(keep_ratio=0.3))
+
+
+@pytest.mark.parametrize("tiles", ["all", "base"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+def test_cls_similarity_is_that_of_the_selected_hidden_layer(tmp_path, name, tiles):
+    """Any family with a CLIP tower; tiles are scored against their own [cls]."""
+    family = make_family(name, tmp_path, tower="clip")
+    model, stock = family.pruned(), family.stock()
+    inputs = family.inputs(["<s> <image>"], family.images(2)[1:])
+    settings = PruningConfig(keep_ratio=0.25, score="cls_similarity_high", tiles=tiles)
+    kept = model(**inputs, pruning=settings).keep_masks[0]
+    pixels = inputs.pixel_values[0] if inputs.pixel_values.ndim == 5 else inputs.pixel_values
+    hidden = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    rows = [torch.cosine_similarity(tile[1:], tile[:1], dim=-1) for tile in hidden]
+    base = kept[:16].nonzero()[:, 0].tolist()
+    if name == "llava" or tiles == "base":
+        assert set(base) == set(rows[0].topk(4).indices.tolist())
+        return
+    values = model.model._pack([torch.stack(rows)[..., None]], torch.full((1,), torch.nan), inputs)[0][:, 0]
+    scored = ~values.isnan()
+    cut = values[scored].sort().values[-int(kept[scored].sum())]
+    assert torch.equal(kept[scored], values[scored] >= cut)
+
+
+def test_cls_similarity_of_video_frames(tmp_path):
+    import numpy as np
+
+    family = make_family("llava_onevision", tmp_path, tower="clip")
+    model = family.pruned()
+    clip = np.random.RandomState(0).randint(0, 255, (3, 30, 30, 3), dtype=np.uint8)
+    inputs = family.inputs(["<s> <video>"], videos=[clip])
+    settings = PruningConfig(keep_ratio=0.25, score="cls_similarity_low")
+    kept = model(**inputs, pruning=settings).video_keep_masks[0]
+    hidden = model.model.vision_tower(inputs.pixel_values_videos[0], output_hidden_states=True).hidden_states[-2]
+    for frame, part in zip(hidden, kept[:-1].view(3, 4)):
+        grid = torch.cosine_similarity(frame[1:], frame[:1], dim=-1).view(2, 2, 2, 2).mean(dim=(1, 3))  # 2 x 2 pooling
+        assert part.nonzero()[:, 0].tolist() == [int(grid.flatten().argmin())]
+    assert visual(inputs).keys() == {"pixel_values_videos"}
