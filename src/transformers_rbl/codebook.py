@@ -3,6 +3,7 @@ JSON)."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -118,7 +119,11 @@ class RedundancyCodebook(nn.Module):
         _, group = self.prototypes.unique(dim=0, return_inverse=True)
         first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
         first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
-        return RedundancyCodebook(self.prototypes[first.sort().values], **self._metadata())
+        rows = first.sort().values
+        single = RedundancyCodebook(self.prototypes[rows], **copy.deepcopy(self._metadata()))
+        if "image_ids" in (source := single.built_with.get("source", {})):
+            source["image_ids"] = [source["image_ids"][row] for row in rows.tolist()]
+        return single
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `codebook.safetensors` and `codebook.json` to a folder, made if missing."""

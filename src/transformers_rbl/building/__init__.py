@@ -1,0 +1,1 @@
+"""How a codebook is made, or taken over from upstream's files."""
