@@ -77,7 +77,8 @@ class RBLModelMixin(RBLMixin):
         labels = [torch.full((n, length, 1), float(PATCH)) for n, length in zip(tiles, self._tile_lengths(call))]
         for label in labels:
             label[0] = BASE if len(label) > 1 else PATCH
-        return [kinds[:, 0].long() for kinds in self._pack(labels, torch.tensor([float(NEWLINE)]), call)]
+        # Where a family down-samples its grid, interpolation leaves labels a rounding error away from whole numbers.
+        return [kinds[:, 0].round().long() for kinds in self._pack(labels, torch.tensor([float(NEWLINE)]), call)]
 
     def _get_image_features(self, stock, call: dict, pruning):
         pruning = self._active_pruning(pruning)
