@@ -4,9 +4,8 @@ Three ways of answering the same prompt, interleaved in one run: the stock model
 which gets the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that
 pruning would leave. The pruned model may add to the oracle little more than one matrix product, its scores.
 
-    python scripts/benchmark_prefill.py                                    # a model of 8 layers and width 512, this CPU
-    python scripts/benchmark_prefill.py --device cuda --preset 7b          # the shape of LLaVA-NeXT 7B, random
-    weights, bf16
+    python scripts/benchmark_prefill.py                             # three families, 8 layers of width 512, this CPU
+    python scripts/benchmark_prefill.py --device cuda --preset 7b   # the shape of the 7B models, random weights, bf16
 """
 
 from __future__ import annotations
@@ -26,64 +25,82 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
-from transformers_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextRBLConfig, PruningConfig, RedundancyCodebook
+from transformers_rbl import (
+    LlavaForConditionalGenerationRBL,
+    LlavaNextForConditionalGenerationRBL,
+    LlavaOnevisionRBL,
+    PruningConfig,
+    RedundancyCodebook,
+)
 from transformers_rbl.pruning import max_cosine
 
 
 OFF = PruningConfig(enabled=False)
 RATIOS = (1.0, 0.5, 0.22, 0.11, 0.05)
-GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+FAMILIES = {
+    "llava": LlavaForConditionalGenerationRBL,
+    "llava_next": LlavaNextForConditionalGenerationRBL,
+    "llava_onevision": LlavaOnevisionRBL,
+}
+# The 7B shape is that of each family's checkpoint; the small one has 8 layers of width 512 behind a small tower.
+PRESETS = {
+    "small": {
+        "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+        "text": {
+            "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": 32064,
+        },
+    },
+    "7b": {
+        "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "text": {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128320,
+        },
+    },
+}  # fmt: skip
 
 
-def build_model(preset: str, device: str):
-    """Random weights. A five-tile image of either preset has 2,880 visual tokens before its padding goes."""
-    if preset == "7b":
-        vision = CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        )
-        text = LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=128320, max_position_embeddings=8192, pad_token_id=0,
-        )  # fmt: skip
+def build_model(family: str, preset: str, device: str):
+    """Random weights of a family's architecture: CLIP-L/336 or SigLIP-so400m/384 patches, its own language model."""
+    sizes, config_class = PRESETS[preset], FAMILIES[family].config_class
+    side = 384 if family == "llava_onevision" else 336
+    vision = {**sizes["vision"], "image_size": side, "patch_size": 14}
+    text = {**sizes["text"], "max_position_embeddings": 16384, "pad_token_id": 0}
+    common = {"image_token_index": 3, "tie_word_embeddings": False}
+    if family == "llava_onevision":
+        common |= {"video_token_index": 4, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        vision, text = SiglipVisionConfig(**vision, vision_use_head=False), Qwen2Config(**text)
     else:
-        vision = CLIPVisionConfig(
-            hidden_size=384,
-            intermediate_size=1536,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            image_size=336,
-            patch_size=14,
-        )
-        text = LlamaConfig(
-            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
-            vocab_size=32064, max_position_embeddings=8192, pad_token_id=0,
-        )  # fmt: skip
-    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=3, image_grid_pinpoints=GRIDS)
-    config = LlavaNextRBLConfig.from_dict({**config.to_dict(), "model_type": LlavaNextRBLConfig.model_type})
+        vision, text = CLIPVisionConfig(**vision), LlamaConfig(**text)
+    if family != "llava":
+        grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+        common["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in grids]
+    config = config_class(vision_config=vision, text_config=text, **common)
     dtype = torch.bfloat16 if preset == "7b" else torch.float32
     torch.manual_seed(0)
     default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = LlavaNextForConditionalGenerationRBL(config).eval()
+        model = FAMILIES[family](config).eval()
     torch.set_default_dtype(default)
     model.set_codebook(RedundancyCodebook(torch.randn(969, text.hidden_size)))
     return model
 
 
 def build_inputs(model, device: str):
-    """One square photo of 672 x 672: the base image and four tiles."""
-    size = torch.tensor([[672, 672]])
-    pixels = torch.randn(1, 5, 3, 336, 336, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
-    image = len(model.model.token_kinds(pixels, size)[0])
+    """One square photo: the base image, and four tiles where the family has them."""
+    side = model.config.vision_config.image_size
+    tiled = hasattr(model.config, "image_grid_pinpoints")
+    shape = (1, 5, 3, side, side) if tiled else (1, 3, side, side)
+    pixels = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
+    visual = {"pixel_values": pixels}
+    if tiled:
+        visual["image_sizes"] = torch.tensor([[2 * side, 2 * side]])
+    image = len(model.model.token_kinds(**visual)[0])
     ids = torch.cat([torch.arange(10, 30), torch.full((image,), 3), torch.arange(30, 50)])[None].to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": size}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
 
 
 def transcription(tokens, prototypes, tiles: int):
@@ -129,13 +146,14 @@ def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
     prefill_only = {"use_cache": True, "logits_to_keep": 1}
     output = model(**inputs, **prefill_only, pruning=pruning)
     ids, slots = inputs["input_ids"], inputs["input_ids"] == 3
+    visual = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     kept_ids = ids[output.prompt_mask][None]
-    tokens = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], pruning=OFF).pooler_output[0]
+    tokens = model.get_image_features(**visual, pruning=OFF).pooler_output[0]
     patches = tokens.float()
     mask, unit = output.keep_masks[0], model.codebook.unit_prototypes
 
     def oracle():
-        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], pruning=OFF)
+        features = model.get_image_features(**visual, pruning=OFF)
         features.pooler_output = [features.pooler_output[0][mask]]
         model(input_ids=kept_ids, mm_encoder_outputs={"image": features}, **prefill_only)
 
@@ -145,11 +163,12 @@ def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
         "oracle": oracle,
         "product": lambda: patches @ unit.T,
     }
-    seconds = interleave(tasks, rounds, device, f"keep_ratio {keep_ratio}")
+    seconds = interleave(tasks, rounds, device, f"{model.config.stock_model_type()}, keep_ratio {keep_ratio}")
     floor = [a + b for a, b in zip(seconds["oracle"], seconds["product"])]
     added = [(p - o) / p for p, o in zip(seconds["pruned"], seconds["oracle"])]
     stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF).past_key_values)
     return {
+        "family": model.config.stock_model_type(),
         "keep_ratio": keep_ratio,
         "visual_tokens": [int(slots.sum()), int(mask.sum())],
         "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
@@ -194,6 +213,10 @@ def show(figures: tuple[float, float, float]) -> str:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    family: Annotated[list[str] | None, typer.Option(help="llava, llava_next or llava_onevision; default all.")] = None,
+    keep_ratio: Annotated[
+        list[float] | None, typer.Option(help="Ratios to measure; default 1, .5, .22, .11, .05.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="small (8 layers, width 512) or 7b.")] = "small",
     rounds: Annotated[int, typer.Option(min=7, help="Timed rounds; medians are over these.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
@@ -202,11 +225,16 @@ def main(
     """Prefill and scoring, pruned against stock, oracle, and upstream's own steps."""
     if preset not in ("small", "7b") or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter("--preset is small or 7b; --device cuda needs a GPU.")
+    if unknown := set(family or ()) - set(FAMILIES):
+        raise typer.BadParameter(f"--family knows {', '.join(FAMILIES)}, not {', '.join(unknown)}.")
     if threads:
         torch.set_num_threads(threads)
-    model = build_model(preset, device)
-    inputs = build_inputs(model, device)
-    rows = [prefill(model, inputs, keep_ratio, rounds, device) for keep_ratio in RATIOS]
+    rows = []
+    for name in family or FAMILIES:
+        model = build_model(name, preset, device)
+        inputs = build_inputs(model, device)
+        rows += [prefill(model, inputs, ratio, rounds, device) for ratio in keep_ratio or RATIOS]
+        del model
     scores = scoring(rounds, device)
     chip = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -216,13 +244,15 @@ def main(
     table = Table(
         title=f"Prefill, preset {preset}, {machine}\nmedians of {rounds} rounds, [95% interval of the median ratio]"
     )
-    columns = "keep|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|MiB"
+    columns = (
+        "family|keep|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|MiB"
+    )
     for column in columns.split("|"):
         table.add_column(column, overflow="fold")
     for row in rows:
         times = row["median_ms"]
         table.add_row(
-            str(row["keep_ratio"]), "{}→{}".format(*row["visual_tokens"]),
+            row["family"], str(row["keep_ratio"]), "{}→{}".format(*row["visual_tokens"]),
             f"{times['stock']:.0f}", f"{times['pruned']:.0f}", f"{times['oracle']:.0f}",
             show(row["pruned_over_stock"]), show(row["pruned_over_oracle"]),
             show(row["pruned_over_oracle_and_product"]),

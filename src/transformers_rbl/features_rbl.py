@@ -182,9 +182,7 @@ class RBLModelMixin(RBLMixin):
             )
         layers = call.get("vision_feature_layer")
         layers = self.config.vision_feature_layer if layers is None else layers
-        layers = [layers] if isinstance(layers, int) else layers
-        hidden = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1).float()
-        similarity = torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)[..., None]
+        similarity = cls_cosines(outputs.hidden_states, layers)
         return similarity[:, 1:] if self._strategy(call) == "default" else similarity
 
     def _strategy(self, call: dict) -> str:
@@ -201,6 +199,13 @@ class RBLModelMixin(RBLMixin):
         call["pixel_values"] = None if not chosen else (torch.stack if pixels.ndim == 5 else torch.cat)(chosen)
         if call.get("image_sizes") is not None:
             call["image_sizes"] = call["image_sizes"][indices]
+
+
+def cls_cosines(hidden_states, layers: int | list[int]) -> torch.Tensor:
+    """`(images, tokens, 1)` float32: cosine of each hidden state with the first one, [cls], at the selected layers."""
+    layers = [layers] if isinstance(layers, int) else layers
+    hidden = torch.cat([hidden_states[layer] for layer in layers], dim=-1).float()
+    return torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)[..., None]
 
 
 def anyres_tiles(config, image_sizes) -> list[int]:

@@ -1,0 +1,249 @@
+"""The build: probe every image (resumable, over any number of processes), then select, and write the codebook."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..codebook import RedundancyCodebook
+from .images import ImageSource
+from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt
+from .recipe import Recipe
+from .records import Records, write_whole
+from .report import write_report
+from .selection import Probe, Selection, divergence, prototypes, select_prototypes
+
+
+PROVENANCE_NAME = "provenance.csv"
+
+
+@dataclass
+class Probed:
+    """What probing came to.
+
+    Args:
+        new, known (`int`): images probed now, and found in records of an earlier run.
+        skipped (`list[tuple[str, str]]`): images that could not be read, and why.
+    """
+
+    new: int = 0
+    known: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Processes:
+    """This process among those that `accelerate launch` started; alone without it."""
+
+    def __init__(self):
+        self.index, self.count, self._state = 0, 1, None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            # A process that is done waits for the slowest one, which may take hours.
+            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+            self.index, self.count = self._state.process_index, self._state.num_processes
+
+    @property
+    def device(self) -> str:
+        if self._state is not None:
+            return str(self._state.device)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def wait(self) -> None:
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    def gather(self, items: list) -> list:
+        """All processes' lists, in the order of processes."""
+        if self._state is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def end(self) -> None:
+        if self._state is not None:
+            self._state.destroy_process_group()
+
+
+def held_out(count: int, recipe: Recipe) -> set[int]:
+    """Which of `count` images are kept from probing: evenly spread, at most a tenth."""
+    wanted = min(recipe.held_out_images, count // 10)
+    return {(k + 1) * count // (wanted + 1) for k in range(wanted)}
+
+
+def describe_run(model, image_processor, model_name: str, recipe: Recipe, images: ImageSource) -> dict:
+    """What records are bound to: another recipe, model or image list must not share them."""
+    vision = model.config.vision_config
+    # What part of a photo the base image shows: LLaVA-1.5's processor crops it, those with tiles squeeze it.
+    crops = not hasattr(model.config, "image_grid_pinpoints") and getattr(image_processor, "do_center_crop", False)
+    return {
+        "recipe": recipe.to_dict(),
+        "model": {
+            "name": model_name,
+            "type": model.config.model_type,
+            "grid": vision.image_size // vision.patch_size,
+            "crop": "centre" if crops else "none",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": _weights_digest(model),
+        },
+        "images": images.describe(),
+    }
+
+
+def probe_images(
+    model, processor, model_name: str, images: ImageSource, recipe: Recipe, folder: Path,
+    max_tokens_per_batch: int = 8192, processes: Processes | None = None, progress: bool = True,
+) -> Probed:  # fmt: skip
+    """Probe this process's share of the images that have no sound record yet, and write their records.
+
+    Args:
+        model (`PreTrainedModel`): a stock model of the three families, in eval mode.
+        processor (`ProcessorMixin`): the checkpoint's.
+        model_name (`str`): what the model is called in the records.
+        images ([`ImageSource`]), recipe ([`Recipe`]): what to probe, and how.
+        folder (`Path`): where records go, shared by all processes.
+        max_tokens_per_batch (`int`): tokens computed in one forward pass.
+        processes ([`Processes`], *optional*): default this one alone.
+        progress (`bool`): show a progress bar.
+
+    Raises:
+        ValueError: if the folder holds records of another build, or the recipe does not fit the model.
+        OSError: if a record cannot be written; those written stay.
+    """
+    if not is_supported(model):
+        raise ValueError(f"{type(model).__name__} is no LLaVA, LLaVA-NeXT or LLaVA-OneVision model.")
+    processes = processes or Processes()
+    records = Records(folder, describe_run(model, processor.image_processor, model_name, recipe, images))
+    if processes.index == 0:
+        records.begin()
+    processes.wait()
+    prefix, suffix = split_prompt(processor, recipe.prompt)
+    articles = article_tokens(processor.tokenizer) if recipe.skip_articles else []
+    prober = Prober(model, prefix, suffix, recipe, articles, max_tokens_per_batch)
+
+    aside = held_out(len(images), recipe)
+    mine = range(processes.index, len(images), processes.count)
+    todo = [index for index in mine if records.read(index) is None]
+    result, skipped = Probed(known=len(mine) - len(todo)), []
+    bar = tqdm(total=len(mine), initial=result.known, unit="image", disable=not progress or processes.index > 0)
+    for index, name, image in images.items(todo):
+        if isinstance(image, Exception):
+            skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
+        elif index in aside:
+            tokens, _ = prober.encode(base_pixels(processor, image))
+            records.write_held_out(index, name, tokens)
+        else:
+            records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(processor.tokenizer)))
+            result.new += 1
+        bar.update()
+    bar.close()
+    everyone = processes.gather([(result.new, result.known, skipped)])
+    result.new, result.known = sum(new for new, _, _ in everyone), sum(known for _, known, _ in everyone)
+    result.skipped = [(name, why) for _, name, why in sorted(item for *_, items in everyone for item in items)]
+    processes.wait()
+    return result
+
+
+def read_records(records: Records) -> tuple[list[Probe], list[tuple[str, torch.Tensor]]]:
+    """Every probe, and every held-out image's name and tokens, in the order of images."""
+    found = [records.read(index) for index in range(records.run["images"]["count"])]
+    probes = [item for item in found if isinstance(item, Probe)]
+    if not probes:
+        raise ValueError(f"{records.folder} holds no sound record of a probed image.")
+    return probes, [item for item in found if isinstance(item, tuple)]
+
+
+def build_codebook(
+    records: Records, recipe: Recipe, out: Path, base_model: str | None = None, keep_ratio: float | None = None,
+    threshold: float | None = None, probed: Probed | None = None,
+) -> tuple[RedundancyCodebook, Selection]:  # fmt: skip
+    """Select prototypes from probe records, and write the artifact, its provenance table, recipe and report to `out`.
+
+    Args:
+        records ([`Records`]): of a finished (or interrupted) run.
+        recipe ([`Recipe`]): whose selection settings count.
+        out (`Path`): folder to write to.
+        base_model (`str`, *optional*): Hub id of the model; None leaves it open.
+        keep_ratio, threshold (`float`, *optional*): settings that the codebook recommends.
+        probed ([`Probed`], *optional*): for the report.
+
+    Raises:
+        EmptyCodebookError: if no token meets every condition.
+    """
+    probes, aside = read_records(records)
+    selection = select_prototypes(probes, recipe)
+    model = records.run["model"]
+    book = RedundancyCodebook(
+        prototypes(probes, selection),
+        base_model=base_model,
+        recommended_keep_ratio=keep_ratio,
+        recommended_threshold=threshold,
+        built_with={
+            "recipe": json.loads(json.dumps(recipe.to_dict())),
+            "model": model,
+            "images": {**records.run["images"], "probed": len(probes), "held_out": len(aside)},
+            "tokens": dict(selection.funnel),
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    book.save_pretrained(out)
+    write_whole(out / PROVENANCE_NAME, _provenance(probes, selection, recipe).encode())
+    write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
+    write_report(out, book, probes, aside, selection, recipe, probed.skipped if probed else [])
+    return book, selection
+
+
+def _provenance(probes: list[Probe], selection: Selection, recipe: Recipe) -> str:
+    """One row a prototype: where it comes from, what was measured, what the model said."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(
+        "prototype image position p1 local_divergence global_divergence divergence cluster unique_images word_1 word_2 "
+        "word_3".split()
+    )
+    kind = recipe.divergence
+    for number, (image, row, cluster) in enumerate(zip(selection.image, selection.row, selection.cluster)):
+        probe = probes[image]
+        measured = (probe.p1, probe.local[kind], probe.globally[kind], divergence(probe, recipe))
+        table.writerow(
+            [number, probe.image, int(probe.positions[row]), *(f"{float(values[row]):.6g}" for values in measured),
+             int(cluster), int(selection.unique_images[cluster]), *probe.words[row]]
+        )  # fmt: skip
+    return text.getvalue()
+
+
+def read_provenance(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def commonest_words(probes: list[Probe], selection: Selection, count: int = 10) -> list[tuple[str, int]]:
+    """What the model says most often when shown a prototype alone."""
+    first = Counter(probes[i].words[r][0] for i, r in zip(selection.image, selection.row))
+    return first.most_common(count)
+
+
+def _decoder(tokenizer):
+    return lambda token: tokenizer.decode([token]).strip()
+
+
+def _weights_digest(model) -> str:
+    """Of a sample of every tensor: enough to tell checkpoints apart, and quick for large ones."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "codebook" in name:
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
