@@ -95,15 +95,12 @@ def select_prototypes(probes: list[Probe], recipe: Recipe) -> Selection:
 
     quiet = p1 < max_p1
     low = quiet & (change < max_change)
-    funnel = [
-        ("probed", len(p1)),
-        (f"p1 below {max_p1:.4g}", int(quiet.sum())),
-        (f"divergence below {max_change:.4g}", int(low.sum())),
-    ]
+    funnel = [("probed", len(p1)), (f"p1 below {max_p1:.4g}", int(quiet.sum()))]
     if not quiet.any():
         tenth = np.quantile(p1, 0.1)
         advice = f"the lowest p1 is {p1.min():.4g}, a tenth of the tokens is below {tenth:.4g}: raise max_p1"
         _nothing(funnel, f"{advice}, or give thresholds as quantiles")
+    funnel.append((f"divergence below {max_change:.4g}", int(low.sum())))
     if not low.any():
         rest = change[quiet]
         advice = f"of these, the lowest divergence is {rest.min():.4g}, a tenth is below {np.quantile(rest, 0.1):.4g}"
