@@ -136,18 +136,18 @@ def probe_images(
     mine = range(processes.index, len(images), processes.count)
     todo = [index for index in mine if records.read(index) is None]
     result, skipped = Probed(known=len(mine) - len(todo)), []
-    bar = tqdm(total=len(mine), initial=result.known, unit="image", disable=not progress or processes.index > 0)
-    for index, name, image in images.items(todo):
-        if isinstance(image, Exception):
-            skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
-        elif index in aside:
-            tokens, _ = prober.encode(base_pixels(processor, image))
-            records.write_held_out(index, name, tokens)
-        else:
-            records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(processor.tokenizer)))
-            result.new += 1
-        bar.update()
-    bar.close()
+    quiet = not progress or processes.index > 0
+    with tqdm(total=len(mine), initial=result.known, unit="image", disable=quiet) as bar:
+        for index, name, image in images.items(todo):
+            if isinstance(image, Exception):
+                skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
+            elif index in aside:
+                tokens, _ = prober.encode(base_pixels(processor, image))
+                records.write_held_out(index, name, tokens)
+            else:
+                records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(processor.tokenizer)))
+                result.new += 1
+            bar.update()
     everyone = processes.gather([(result.new, result.known, skipped)])
     result.new, result.known = sum(new for new, _, _ in everyone), sum(known for _, known, _ in everyone)
     result.skipped = [(name, why) for _, name, why in sorted(item for *_, items in everyone for item in items)]

@@ -21,7 +21,8 @@ class ImageSource:
 
     Args:
         source (`str` or `os.PathLike`): a folder of image files (searched in depth, sorted by path); a text file with
-            one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote; or a dataset's Hub id.
+            one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote, or one of parquet
+            files; or a dataset's Hub id.
         column (`str`): of a dataset, the one with images.
         split (`str`): of a dataset from the Hub.
         streaming (`bool`): read a dataset from the Hub without downloading it first; `limit` must be given.
@@ -48,7 +49,7 @@ class ImageSource:
         elif path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             self.paths = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
-        elif path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1:
+        elif not path.is_dir() and (path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1):
             raise OSError(f"{source} is no folder, list file or dataset.")
         else:
             from datasets import load_dataset
