@@ -35,9 +35,7 @@ def default_checkpoint() -> Path:
     """The small random checkpoint with a codebook in it, built on first use."""
     folder = CACHE / "quickstart-2"
     if not (folder / "codebook").exists():
-        tiny_checkpoint.build(
-            folder, image_size=112, patch_size=14, vision_width=128, vision_layers=4, width=256, layers=6, heads=8
-        )
+        tiny_checkpoint.build(folder, **tiny_checkpoint.QUICKSTART)
         model = rbl_class(folder).from_pretrained(folder).eval()
         flat_patches(model, AutoProcessor.from_pretrained(folder)).save_pretrained(folder / "codebook")
     return folder

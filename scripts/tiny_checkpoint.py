@@ -6,8 +6,10 @@ Their answers mean nothing; every shape, layer and file is real.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -120,6 +122,12 @@ def processor(cfg):
     return LlavaProcessor(images, tokenizer(), **common)
 
 
+# The quickstart's sizes: an 8 x 8 grid, wide enough to be worth timing.
+QUICKSTART = {
+    "image_size": 112, "patch_size": 14, "vision_width": 128, "vision_layers": 4, "width": 256, "layers": 6, "heads": 8
+}  # fmt: skip
+
+
 def build(folder: str | Path, family: str = "llava_next", seed: int = 0, **sizes) -> Path:
     """Write model, processor and generation config to `folder`; a finished one is used again."""
     folder = Path(folder)
@@ -133,3 +141,17 @@ def build(folder: str | Path, family: str = "llava_next", seed: int = 0, **sizes
         processor(cfg).save_pretrained(folder)
         done.touch()
     return folder
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    family: Annotated[str, typer.Option(help=f"One of {', '.join(FAMILIES)}.")] = "llava_next",
+) -> None:
+    """Write a small checkpoint with random weights, of the quickstart's sizes."""
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"--family is one of {', '.join(FAMILIES)}, not {family}.")
+    build(folder, family, **QUICKSTART)
+
+
+if __name__ == "__main__":
+    typer.run(main)
