@@ -1,8 +1,9 @@
-"""`rbl`, the command line: build, inspect, convert codebooks."""
+"""`rbl`, the command line: build, inspect and convert codebooks; evaluate and calibrate pruned models."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,8 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 from .building.images import ImageSource
 from .building.recipe import Recipe
@@ -28,7 +31,7 @@ def one_sentence(command):
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SafetensorError) as error:
             lines = str(error).strip().splitlines()
             print(f"rbl: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -79,6 +82,7 @@ def build(
     for value in ({"keep_ratio": keep_ratio}, {"threshold": threshold}):
         if None not in value.values():
             PruningConfig(**value)
+    _need_matplotlib()
     processes = Processes()
     try:
         if from_records is not None:
@@ -90,7 +94,7 @@ def build(
             records = Records(known if known.is_dir() else from_records)
             chosen = _recipe(recipe, setting, records.run["recipe"])
             with_selection(records, chosen)
-            probed = None
+            probed, model = None, records.run["model"]["name"]
         else:
             if images is None or recipe is None:
                 raise ValueError("--model needs --images and --recipe besides.")
@@ -102,8 +106,8 @@ def build(
             if processes.index > 0:
                 return
             records = Records(folder)
-            if base_model is None and not Path(model).exists():
-                base_model = model
+        if base_model is None and _is_hub_id(model):
+            base_model = model
         book, selection = build_codebook(records, chosen, out, base_model, keep_ratio, threshold, probed)
         table = Table(title=str(out), show_header=False)
         if probed is not None:
@@ -137,6 +141,8 @@ def inspect(
     """What is in a codebook: counts, norms, cosines, where its prototypes come from."""
     from .building.inspection import contact_sheet, describe_codebook, provenance_of
 
+    if images is not None:
+        _need_matplotlib()
     book = RedundancyCodebook.from_pretrained(codebook)
     console = Console()
     table = Table(title=codebook, show_header=False)
@@ -159,6 +165,148 @@ def inspect(
             raise ValueError("A contact sheet needs the provenance table, which this codebook does not have.")
         shown, missing = contact_sheet(book, provenance, ImageSource(images, image_column, split), sheet)
         console.print(f"{shown} source patches: [bold]{sheet}[/bold]; {missing} images not found")
+
+
+@app.command()
+@one_sentence
+def evaluate(
+    model: Annotated[str, typer.Option(help="Stock or pruned checkpoint: folder or Hub id.")],
+    data: Annotated[str, typer.Option(help="JSON Lines file, or a datasets dataset (Hub id or local).")],
+    out: Annotated[Path, typer.Option(help="Folder for results.md, results.json and accuracy.png.")],
+    codebook: Annotated[str | None, typer.Option(help="Folder or Hub id; none for a pruned checkpoint.")] = None,
+    score: Annotated[list[str] | None, typer.Option(help="Scores to compare; default cosine. Repeat.")] = None,
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios, for every score. Repeat.")] = None,
+    threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds. Repeat.")] = None,
+    tiles: Annotated[str, typer.Option(help="all or base.")] = "all",
+    newlines: Annotated[str, typer.Option(help="all, row or last.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="Of score random.")] = 0,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="exact, normalised, choice, yes_no; default normalised.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column with an image, or a list of them.")] = "image",
+    question_column: Annotated[str, typer.Option()] = "question",
+    answer_column: Annotated[str, typer.Option(help="An answer, or a list of accepted ones.")] = "answer",
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions at most.")] = None,
+    streaming: Annotated[bool, typer.Option(help="Read a Hub dataset without downloading it first.")] = False,
+    suffix: Annotated[str, typer.Option(help="Added to every question.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+) -> None:
+    """What pruning costs: accuracy against retention, for many rules on one pass over the images."""
+    from .evaluation.evaluate import evaluate as run
+    from .evaluation.evaluate import table_rows, write_results
+    from .evaluation.metrics import METRICS
+    from .evaluation.questions import read_questions
+
+    _need_matplotlib()
+    metrics = metric or ["normalised"]
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"--metric is one of {', '.join(METRICS)}, not {', '.join(unknown)}.")
+    common = {"tiles": tiles, "newlines": newlines, "seed": seed}
+    ratios = keep_ratio or ([] if threshold else [0.5, 0.33, 0.22, 0.15, 0.1, 0.05])
+    rules = [PruningConfig(keep_ratio=r, score=s, **common) for s in score or ["cosine"] for r in ratios]
+    rules += [PruningConfig(threshold=value, **common) for value in threshold or ()]
+    loaded, processor = _load_pruned(model, codebook, dtype, device)
+    for rule in rules:
+        loaded._active_pruning(rule)  # a rule that needs a codebook ends here where there is none
+    if streaming and limit is None:
+        raise ValueError("A streamed dataset has no known length: give --limit.")
+    questions = read_questions(data, image_column, question_column, answer_column, split, limit, streaming)
+    shown = tqdm(questions, unit="question", total=limit)
+    results, references = run(loaded, processor, shown, rules, metrics, max_new_tokens, suffix)
+    about = {
+        "model": model, "codebook": codebook or "the checkpoint's", "data": data, "questions": len(references),
+        "device": f"{loaded.device}, {loaded.dtype}",
+    }  # fmt: skip
+    write_results(out, results, references, about)
+    columns, rows = table_rows(results, references)
+    table = Table(title=f"{model} on {data}, {len(references)} questions; \\[95% interval]")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    Console().print(table)
+    Console().print(f"[bold]{out / 'results.md'}[/bold], results.json, accuracy.png")
+
+
+@app.command()
+@one_sentence
+def calibrate(
+    model: Annotated[str, typer.Option(help="Stock or pruned checkpoint: folder or Hub id.")],
+    codebook: Annotated[str | None, typer.Option(help="Folder or Hub id; none for a pruned checkpoint.")] = None,
+    images: Annotated[str | None, typer.Option(help="Unlabelled images: finds a threshold for --retention.")] = None,
+    retention: Annotated[float, typer.Option(help="Mean share of visual tokens to keep.")] = 0.15,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled questions: finds the lowest ratio that keeps --share.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the unpruned accuracy.")] = 0.97,
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios to try on --data. Repeat.")] = None,
+    metric: Annotated[str, typer.Option(help="exact, normalised, choice or yes_no.")] = "normalised",
+    image_column: Annotated[str, typer.Option()] = "image",
+    question_column: Annotated[str, typer.Option()] = "question",
+    answer_column: Annotated[str, typer.Option()] = "answer",
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=2, help="Images or questions at most.")] = None,
+    suffix: Annotated[str, typer.Option(help="Added to every question.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    write: Annotated[bool, typer.Option(help="Write the setting into the --codebook folder as recommended.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+) -> None:
+    """Which setting to use: a threshold for a mean retention, or the lowest ratio that keeps an accuracy."""
+    from .evaluation.calibrate import image_scores, lowest_retention, threshold_for
+    from .evaluation.evaluate import evaluate as run
+    from .evaluation.metrics import METRICS
+    from .evaluation.questions import read_questions
+
+    if (images is None) == (data is None):
+        raise ValueError("Give --images (unlabelled) or --data (questions with answers).")
+    if metric not in METRICS:
+        raise ValueError(f"--metric is one of {', '.join(METRICS)}, not {metric}.")
+    if not 0 < share <= 1:
+        raise ValueError(f"--share is of the unpruned accuracy, in (0, 1]; got {share}.")
+    if write and (codebook is None or not Path(codebook).is_dir()):
+        raise ValueError("--write needs --codebook, a folder.")
+    loaded, processor = _load_pruned(model, codebook, dtype, device)
+    if loaded.codebook is None:
+        raise ValueError(f"{model} has no codebook: give --codebook.")
+    console = Console()
+    if images is not None:
+        source = ImageSource(images, image_column, split, limit=limit)
+        opened = (i for _, _, i in source.items(list(range(len(source)))) if not isinstance(i, Exception))
+        scores = image_scores(loaded, processor, tqdm(opened, total=len(source), unit="image"))
+        found = threshold_for(scores, retention)
+        setting = {"recommended_threshold": found.threshold}
+        fitted, checked = found.images
+        console.print(
+            f"threshold [bold]{found.threshold:.4f}[/bold] keeps {found.fitted:.1%} of the tokens of {fitted} images "
+            f"it was fitted on, and {found.checked:.1%} of {checked} others: overshoot {found.overshoot:+.1%}"
+        )
+    else:
+        rules = [PruningConfig(keep_ratio=r) for r in keep_ratio or (0.5, 0.33, 0.22, 0.15, 0.1, 0.05)]
+        questions = read_questions(data, image_column, question_column, answer_column, split, limit)
+        shown = tqdm(questions, unit="question", total=limit)
+        results, references = run(loaded, processor, shown, rules, [metric], max_new_tokens, suffix)
+        found = lowest_retention(results, share, metric)
+        if found is None:
+            raise ValueError(f"None of these ratios keeps {share:.0%} of the unpruned accuracy: try higher ones.")
+        best, low, high = found
+        ratio = best.pruning["keep_ratio"]
+        setting = {"recommended_keep_ratio": ratio}
+        console.print(
+            f"keep_ratio [bold]{ratio}[/bold] keeps {best.retention:.1%} of the tokens and {share:.0%} or more of the "
+            f"unpruned accuracy (95% interval {low:.1%} to {high:.1%}, {len(references)} questions).\n"
+            "It was chosen on these questions: confirm it on others."
+        )
+    if write:
+        book = RedundancyCodebook.from_pretrained(codebook)
+        book.recommended_keep_ratio = book.recommended_threshold = None
+        for name, value in setting.items():
+            setattr(book, name, value)
+        book.save_pretrained(codebook)
+        console.print(f"written into {codebook}")
 
 
 @app.command()
@@ -194,15 +342,44 @@ def _recipe(name: str | None, settings: list[str] | None, default: dict | None =
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {setting!r}.")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {setting!r} is no YAML: {' '.join(str(error).split())}") from error
     return Recipe.from_dict(values)
+
+
+def _need_matplotlib() -> None:
+    """Before hours of work, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("The report's pictures need matplotlib: pip install transformers_rbl[build].")
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def _load_pruned(model: str, codebook: str | None, dtype: str, device: str | None):
+    import torch
+    from transformers import AutoProcessor
+
+    from .auto_rbl import rbl_class
+
+    _check_dtype(dtype)
+    loaded = rbl_class(model).from_pretrained(model, codebook=codebook, pruning={"enabled": False}, dtype=dtype).eval()
+    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded, AutoProcessor.from_pretrained(model)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}.")
 
 
 def _load(model: str, dtype: str, device: str, device_map: str | None):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}.")
+    _check_dtype(dtype)
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map).eval()
     if device_map is None:
         loaded = loaded.to(device)

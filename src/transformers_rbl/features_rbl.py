@@ -7,6 +7,7 @@ see `token_kinds`; the same code carries along any other value per patch.
 from itertools import accumulate
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -88,19 +89,48 @@ class RBLModelMixin(RBLMixin):
         kinds = self.token_kinds(**call)
         base_only = pruning.tiles == "base" and any((kind == BASE).any() for kind in kinds)
         outputs = self._base_features(call) if base_only else stock(self, **call, return_dict=True)
+        return self._finish(outputs, "image", self._prune(outputs, kinds, pruning, call, base_only), return_dict)
+
+    def prune_image_features(self, outputs, pruning: PruningConfig | dict | None = None, **call):
+        """Prune features that were encoded without pruning: several settings on one pass of the vision tower.
+
+        Args:
+            outputs (`BaseModelOutputWithPooling`): of `get_image_features(…, pruning=PruningConfig(enabled=False))`.
+            pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
+            call: the other arguments of that call, `pixel_values` included.
+
+        Returns:
+            `BaseModelOutputWithPooling` with `pooler_output` and `keep_masks`, for `mm_encoder_outputs={"image": …}`.
+        """
+        pruning = self._active_pruning(pruning)
+        if pruning is None:
+            return BaseModelOutputWithPooling(pooler_output=outputs.pooler_output)
+        kept = self._prune(outputs, self.token_kinds(**call), pruning, call)
+        return self._finish(BaseModelOutputWithPooling(), "image", kept, True)
+
+    def _prune(self, outputs, kinds, pruning: PruningConfig, call: dict, base_encoded: bool = False) -> list:
+        """Tokens that stay and their masks, per image; `base_encoded` features are of the base images alone."""
         similarities = [None] * len(kinds)
         if pruning.needs_cls_similarity:
             similarities = self._cls_similarity(outputs, call)
-            if not base_only:
-                packed = self._pack(similarities.split(self._num_tiles(call)), similarities.new_zeros(1), call)
-                similarities = [row[(kind != NEWLINE).to(row.device)] for row, kind in zip(packed, kinds)]
+            if not base_encoded:
+                similarities = self._pack(similarities.split(self._num_tiles(call)), similarities.new_zeros(1), call)
             similarities = [row[:, 0] for row in similarities]
-        keep = self._keep_base if base_only else self._keep
-        kept = [
-            keep(tokens, kind.to(tokens.device), pruning, similarity)
-            for tokens, kind, similarity in zip(outputs.pooler_output, kinds, similarities, strict=True)
-        ]
-        return self._finish(outputs, "image", kept, return_dict)
+        kept = []
+        for tokens, kind, similarity in zip(outputs.pooler_output, kinds, similarities, strict=True):
+            kind = kind.to(tokens.device)
+            if base_encoded:
+                kept.append(self._keep_base(tokens, kind, pruning, similarity))
+                continue
+            _check_layout(len(tokens), len(kind))
+            base_only = pruning.tiles == "base" and bool((kind == BASE).any())
+            scored = kind == BASE if base_only else kind != NEWLINE
+            similarity = None if similarity is None else similarity[scored.to(similarity.device)]
+            if base_only:
+                kept.append(self._keep_base(tokens[scored], kind, pruning, similarity))
+            else:
+                kept.append(self._keep(tokens, kind, pruning, similarity))
+        return kept
 
     def _get_video_features(self, stock, call: dict, pruning):
         """Videos of different lengths may come as a list, which the stock class does not take."""

@@ -47,8 +47,10 @@ class Processes:
     def __init__(self):
         self.index, self.count, self._state = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
+            try:
+                from accelerate import PartialState
+            except ImportError as error:
+                raise ValueError("Several processes need accelerate: pip install transformers_rbl[build].") from error
             # A process that is done waits for the slowest one, which may take hours.
             self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
             self.index, self.count = self._state.process_index, self._state.num_processes
@@ -182,6 +184,12 @@ def build_codebook(
         EmptyCodebookError: if no token meets every condition.
     """
     probes, aside = read_records(records)
+    missing = records.run["images"]["count"] - len(probes) - len(aside)
+    if probed is not None and missing > len(probed.skipped):
+        raise OSError(
+            f"{records.folder} lacks the records of {missing - len(probed.skipped)} images: all processes must write "
+            "to one file system."
+        )
     selection = select_prototypes(probes, recipe)
     model = records.run["model"]
     book = RedundancyCodebook(
@@ -200,7 +208,7 @@ def build_codebook(
     book.save_pretrained(out)
     write_whole(out / PROVENANCE_NAME, _provenance(probes, selection, recipe).encode())
     write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
-    write_report(out, book, probes, aside, selection, recipe, probed.skipped if probed else [])
+    write_report(out, book, probes, aside, selection, recipe, missing, probed.skipped if probed else [])
     return book, selection
 
 

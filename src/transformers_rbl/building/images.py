@@ -84,8 +84,8 @@ class ImageSource:
                 return
             if index in wanted:
                 cell = row[self.column]
-                name = os.path.basename((cell or {}).get("path") or "") or f"row {index}"
-                yield index, name, _opened(cell)
+                file = os.path.basename((cell or {}).get("path") or "")
+                yield index, f"row {index} {file}".rstrip(), _opened(cell)
 
     def describe(self) -> dict[str, str | int]:
         """What a build's records are bound to."""

@@ -19,9 +19,10 @@ LISTED = 50
 
 def write_report(
     out: Path, book: RedundancyCodebook, probes: list[Probe], held_out: list[tuple[str, torch.Tensor]],
-    selection: Selection, recipe: Recipe, skipped: list[tuple[str, str]],
+    selection: Selection, recipe: Recipe, missing: int, skipped: list[tuple[str, str]],
 ) -> None:  # fmt: skip
-    """Write `report.md` and its pictures under `report/`."""
+    """Write `report.md` and its pictures under `report/`. `missing` images have no record, `skipped` says why as far as
+    it is known."""
     pictures = out / "report"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = ["# How this codebook was built", "", "| condition | tokens left |", "| --- | --- |"]
@@ -73,7 +74,7 @@ def write_report(
             for image, position, name, value in selection.borderline[:LISTED]
         ]
         parts += _more(len(selection.borderline))
-    parts += ["", f"## Images that could not be read: {len(skipped)}", ""]
+    parts += ["", f"## Images that could not be read: {missing}", ""]
     parts += [f"- {name}: {why}" for name, why in skipped[:LISTED]] + _more(len(skipped))
     write_whole(out / "report.md", ("\n".join(parts).rstrip() + "\n").encode())
 

@@ -68,3 +68,34 @@ def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -
         for axis in axes[row]:
             axis.axis("off")
     figure.savefig(path, dpi=110)
+
+
+def plot_accuracy(results, path: str | os.PathLike, metric: str | None = None) -> None:
+    """Write accuracy against retention: a line a score, with 95% intervals, and the unpruned model as a dashed line.
+
+    Args:
+        results (`list[RuleResult]`): of [`evaluate`], the unpruned model first.
+        path (`str` or `os.PathLike`): the picture to write.
+        metric (`str`, *optional*): default the first one.
+    """
+    from matplotlib.figure import Figure
+
+    from .metrics import bootstrap_interval
+
+    metric = metric or next(iter(results[0].correct))
+    lines: dict[str, list] = {}
+    for result in results[1:]:
+        kind = "keep_ratio" if result.pruning["threshold"] is None else "threshold"
+        label = result.pruning["score"] if kind == "keep_ratio" else f"{result.pruning['score']}, threshold"
+        lines.setdefault(label, []).append(result)
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(np.mean(results[0].correct[metric]), color="black", linestyle="--", label="unpruned")
+    for label, rules in lines.items():
+        rules.sort(key=lambda result: result.retention)
+        share, mean = [rule.retention for rule in rules], [np.mean(rule.correct[metric]) for rule in rules]
+        spread = np.array([bootstrap_interval(rule.correct[metric]) for rule in rules]).T
+        axis.errorbar(share, mean, yerr=np.abs(spread - mean), marker="o", capsize=3, label=label)
+    axis.set(xlabel="retention (share of visual tokens kept)", ylabel=f"accuracy ({metric})", ylim=(0, 1.02))
+    axis.legend()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,93 @@
+"""Questions about images: rows of a `datasets` dataset or of a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass
+class Question:
+    """One example: its images (RGB), the question, and every answer that counts as right."""
+
+    images: list[Image.Image]
+    text: str
+    answers: list[str]
+
+
+def read_questions(
+    source: str | os.PathLike, image: str = "image", question: str = "question", answer: str = "answer",
+    split: str = "test", limit: int | None = None, streaming: bool = False,
+) -> Iterator[Question]:  # fmt: skip
+    """Examples, one at a time.
+
+    Args:
+        source (`str` or `os.PathLike`): a JSON Lines file (image paths relative to it), a folder that `save_to_disk`
+            wrote, a folder of parquet files, or a dataset's Hub id.
+        image (`str`): column or key with an image, or a list of them.
+        question, answer (`str`): columns; an answer may be a list of accepted ones.
+        split (`str`): of a dataset.
+        limit (`int`, *optional*): at most so many.
+        streaming (`bool`): read a Hub dataset without downloading it first.
+
+    Raises:
+        OSError: if there is no such source, or an image cannot be read.
+        ValueError: if a column is missing or a row is no question; the message names the row.
+    """
+    for number, row in enumerate(_rows(Path(source), str(source), split, streaming)):
+        if limit is not None and number >= limit:
+            return
+        if absent := [name for name in (image, question, answer) if name not in row]:
+            raise ValueError(f"{source} has no {', '.join(absent)} in row {number}; it has {', '.join(map(str, row))}.")
+        cells = row[image] if isinstance(row[image], (list, tuple)) else [row[image]]
+        accepted = row[answer] if isinstance(row[answer], (list, tuple)) else [row[answer]]
+        if not cells or not accepted or row[question] is None:
+            raise ValueError(f"Row {number} of {source} lacks an image, a question or an answer.")
+        folder = Path(source).parent
+        yield Question([_image(cell, folder) for cell in cells], str(row[question]), [str(item) for item in accepted])
+
+
+def _rows(path: Path, name: str, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"Line {number + 1} of {path} is no JSON ({error}).") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"Line {number + 1} of {path} is no JSON object.")
+                yield row
+        return
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        data = load_from_disk(str(path))
+        if hasattr(data, "keys"):
+            if split not in data:
+                raise ValueError(f"{path} has the splits {', '.join(data)}, not {split}.")
+            data = data[split]
+    elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise OSError(f"{name} is no file, folder or dataset.")
+    else:
+        try:
+            data = load_dataset(name, split=split, streaming=streaming)
+        except DatasetsError as error:
+            raise OSError(f"{name} is no file, folder or dataset: {error}") from error
+    yield from data
+
+
+def _image(cell, folder: Path) -> Image.Image:
+    if isinstance(cell, Image.Image):
+        return cell.convert("RGB")
+    if isinstance(cell, str):
+        with Image.open(folder / cell) as image:
+            return image.convert("RGB")
+    raise ValueError(f"An image is a path or a datasets image, not {type(cell).__name__}.")

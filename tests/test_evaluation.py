@@ -1,0 +1,264 @@
+"""Evaluation and calibration: metrics, one pass over the images for all rules, intervals, thresholds, commands."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import GREEDY, visual
+from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl.cli import app
+from transformers_rbl.evaluation.calibrate import image_scores, lowest_retention, mean_retention, threshold_for
+from transformers_rbl.evaluation.evaluate import RuleResult, evaluate, table_rows
+from transformers_rbl.evaluation.metrics import (
+    bootstrap_interval,
+    choice,
+    exact,
+    f1,
+    normalised,
+    paired_ratio_interval,
+    yes_no,
+)
+from transformers_rbl.evaluation.questions import Question
+
+
+OFF = PruningConfig(enabled=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "right"),
+    [
+        (exact, " cat ", ["cat"], 1), (exact, "Cat", ["cat"], 0),
+        (normalised, "The two cats.", ["2 cats"], 1), (normalised, "cats", ["dogs", "Cats!"], 1),
+        (normalised, "a", ["the"], 1), (normalised, "three", ["2"], 0),
+        (choice, "B", ["(b)"], 1), (choice, "B. a dog", ["B"], 1), (choice, "The answer is C.", ["C"], 1),
+        (choice, "A dog", ["A"], 0), (choice, "dog", ["d"], 0), (choice, "", ["A"], 0),
+        (yes_no, "Yes, it is.", ["yes"], 1), (yes_no, "no", ["yes"], 0), (yes_no, "maybe", ["no"], 0),
+    ],
+)  # fmt: skip
+def test_metrics(metric, answer, references, right):
+    assert metric(answer, references) == right
+
+
+def test_f1_of_yes():
+    answers, references = ["yes", "yes", "no", "perhaps"], [["yes"], ["no"], ["yes"], ["no"]]
+    assert f1(answers, references) == pytest.approx(2 * 1 / (2 + 2))
+    assert f1(["no"], [["no"]]) == 0
+
+
+def test_intervals_hold_what_they_should():
+    values = np.array([1.0] * 70 + [0.0] * 30)
+    low, high = bootstrap_interval(values)
+    assert 0.58 < low < 0.65 and 0.75 < high < 0.82
+    assert paired_ratio_interval(values, values) == (1.0, 1.0)
+    assert all(np.isnan(paired_ratio_interval(values, values * 0)))
+
+
+@pytest.fixture
+def questions(family):
+    return [
+        Question([family.images(2)[1]], "What?", ["x"]),
+        Question(family.images(2), "Which?", ["y"]),
+        Question([family.images(1)[0]], "How many?", ["z", "w"]),
+    ]
+
+
+RULES = [
+    PruningConfig(keep_ratio=0.3),
+    PruningConfig(keep_ratio=0.3, tiles="base", newlines="last"),
+    PruningConfig(threshold=0.2),
+    PruningConfig(keep_ratio=0.3, score="random"),
+    PruningConfig(keep_ratio=1.0),
+]
+
+
+def test_one_pass_gives_what_each_rule_gives_by_itself(family, pruned, questions):
+    """Answers equal those of plain `generate` calls; the vision tower runs once a question."""
+    encoded = []
+    hook = pruned.model.vision_tower.register_forward_pre_hook(lambda *_: encoded.append(1))
+    results, references = evaluate(pruned, family.processor, questions, RULES, ["exact"], max_new_tokens=5)
+    hook.remove()
+    assert len(encoded) == len(questions) and references == [["x"], ["y"], ["z", "w"]]
+    assert [result.name for result in results][:2] == ["unpruned", "cosine, keep_ratio 0.3"]
+    for number, question in enumerate(questions):
+        content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
+        text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = family.inputs([text], question.images)
+        for result, rule in zip(results, (OFF, *RULES)):
+            kwargs = {"max_new_tokens": 5, "do_sample": False, "pruning": rule}
+            ids = pruned.generate(**inputs, **kwargs)[:, inputs.input_ids.shape[1] :]
+            assert result.answers[number] == family.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    first, last = results[0], results[-1]
+    assert first.retention == last.retention == 1 and first.answers == last.answers
+    assert results[1].cache_mib < first.cache_mib and 0 < results[1].retention < 1
+    assert results[2].tokens < results[1].tokens or not family.has_tiles
+
+
+@pytest.mark.parametrize("rule", [*RULES, PruningConfig(keep_ratio=0.3, score="cls_similarity_low")], ids=str)
+def test_features_pruned_afterwards_equal_features_pruned_at_once(family, pruned, batch, rule):
+    if rule.needs_cls_similarity and family.name == "llava_onevision":
+        pytest.skip("SigLIP has no [cls]")
+    encoded = pruned.get_image_features(**visual(batch), pruning=OFF, return_dict=True)
+    after = pruned.model.prune_image_features(encoded, rule, **visual(batch))
+    at_once = pruned.get_image_features(**visual(batch), pruning=rule, return_dict=True)
+    for one, other in zip(after.keep_masks, at_once.keep_masks, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(after.pooler_output, at_once.pooler_output, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    sequences = pruned.generate(**text, mm_encoder_outputs={"image": after}, **GREEDY)
+    assert torch.equal(sequences, pruned.generate(**batch, pruning=rule, **GREEDY))
+
+
+def result(name, retention, correct):
+    return RuleResult(name, PruningConfig(keep_ratio=retention).to_dict(), retention, 1, {"exact": correct}, [])
+
+
+def test_the_lowest_retention_that_keeps_a_share():
+    base = result("unpruned", 1.0, [1, 1, 1, 1, 0])
+    rules = [result("half", 0.5, [1, 1, 1, 1, 0]), result("some", 0.2, [1, 1, 1, 0, 0]), result("few", 0.1, [0] * 5)]
+    assert lowest_retention([base, *rules], 0.97, "exact")[0].name == "half"
+    assert lowest_retention([base, *rules], 0.7, "exact")[0].name == "some"
+    assert lowest_retention([base, rules[2]], 0.7, "exact") is None
+    with pytest.raises(ValueError, match="nothing right"):
+        lowest_retention([rules[2], rules[0]], 0.9, "exact")
+
+
+def test_a_threshold_for_a_retention_is_checked_on_other_images():
+    random = torch.Generator().manual_seed(0)
+    scores = [torch.rand(200, generator=random) for _ in range(40)]
+    found = threshold_for(scores, 0.15)
+    assert found.threshold == pytest.approx(0.15, abs=0.02) and found.images == (20, 20)
+    assert found.fitted == pytest.approx(0.15, abs=0.002)
+    assert found.overshoot == pytest.approx(found.checked - 0.15) and abs(found.overshoot) < 0.02
+    assert threshold_for(scores, 1.0).fitted == 1.0
+    assert mean_retention(scores, -1) == pytest.approx(1 / 200)
+    for target, words in ((0, "in \\(0, 1\\]"), (1.5, "in \\(0, 1\\]")):
+        with pytest.raises(ValueError, match=words):
+            threshold_for(scores, target)
+    with pytest.raises(ValueError, match="two images"):
+        threshold_for(scores[:1], 0.5)
+
+
+def test_scores_of_images_are_those_that_pruning_uses(family, pruned):
+    images = family.images(3)
+    for values, image in zip(image_scores(pruned, family.processor, images), images):
+        one = family.inputs(["<s> <image>"], [image])
+        cut = float(values.sort().values[len(values) // 2])
+        kept = pruned(**one, pruning=PruningConfig(threshold=cut)).keep_masks[0]
+        kinds = pruned.model.token_kinds(**visual(one))[0]
+        assert torch.equal(kept[kinds != 2], values < cut)
+
+
+@pytest.fixture(scope="module")
+def files(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number, image in enumerate(family.images(6)):
+        image.save(folder / f"{number}.png")
+    rows = [{"image": f"{n}.png", "question": "What?", "answer": ["x", "y"]} for n in range(5)]
+    rows.append({"image": ["0.png", "1.png"], "question": "Same?", "answer": "yes"})
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    family.codebook.save_pretrained(folder / "book")
+    return folder
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(item) for item in arguments])
+
+
+def test_the_evaluate_command(family, files, tmp_path):
+    arguments = ("evaluate", "--model", family.folder, "--codebook", files / "book", "--data", files / "data.jsonl")
+    rules = "--keep-ratio 0.5 --keep-ratio 0.2 --threshold 0.3 --score cosine --score random".split()
+    metrics = "--metric exact --metric yes_no --max-new-tokens 3".split()
+    output = run(*arguments, "--out", tmp_path, *rules, *metrics)
+    assert output.exit_code == 0, output.output
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["name"] for entry in found["results"]] == [
+        "unpruned", "cosine, keep_ratio 0.5", "cosine, keep_ratio 0.2", "random, keep_ratio 0.5",
+        "random, keep_ratio 0.2", "cosine, threshold 0.3",
+    ]  # fmt: skip
+    assert found["about"]["questions"] == 6 and len(found["results"][1]["answers"]) == 6
+    report = (tmp_path / "results.md").read_text()
+    assert report.count("\n| ") == 8 and "yes F1" in report and "[" in report
+    assert Image.open(tmp_path / "accuracy.png").size[0] > 300 and "random, keep_ratio 0.2" in output.output
+
+
+def test_baselines_are_evaluated_without_a_codebook(family, files, tmp_path):
+    arguments = ("evaluate", "--model", family.folder, "--data", files / "data.jsonl", "--out", tmp_path, "--limit", 2)
+    assert run(*arguments, "--score", "diversity", "--keep-ratio", 0.3).exit_code == 0
+    assert "no codebook" in run(*arguments).stderr
+
+
+def test_the_calibrate_command(family, files, tmp_path):
+    import shutil
+
+    book = tmp_path / "book"
+    shutil.copytree(files / "book", book)
+    arguments = ("calibrate", "--model", family.folder, "--codebook", book)
+    output = run(*arguments, "--images", files, "--retention", 0.3, "--write")
+    assert output.exit_code == 0 and "overshoot" in output.output, output.output
+    threshold = RedundancyCodebook.from_pretrained(book).recommended_threshold
+    assert f"{threshold:.4f}" in output.output and "written into" in output.output
+    model = family.rbl_class.from_pretrained(family.folder, codebook=book).eval()
+    assert model.pruning == PruningConfig(threshold=threshold)
+    output = run(*arguments, "--data", files / "data.jsonl", "--keep-ratio", 0.5, "--max-new-tokens", 2)
+    assert output.exit_code == 2 and "answers nothing right" in output.stderr
+
+
+def test_calibrating_on_labels(family, pruned, files, tmp_path):
+    """The model's own answers as labels: unpruned it is always right, and keeping all keeps that."""
+    questions = [Question([Image.open(files / f"{n}.png").convert("RGB")], "What?", ["?"]) for n in range(4)]
+    results, _ = evaluate(pruned, family.processor, questions, [], ["exact"], max_new_tokens=4)
+    for number, answer in enumerate(results[0].answers):
+        row = {"picture": str(files / f"{number}.png"), "asked": "What?", "said": answer}
+        with (tmp_path / "own.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    family.codebook.save_pretrained(tmp_path / "book")
+    columns = "--image-column picture --question-column asked --answer-column said --metric exact".split()
+    output = run("calibrate", "--model", family.folder, "--codebook", tmp_path / "book", "--data", tmp_path / "own.jsonl",
+                 *columns, "--keep-ratio", 1.0, "--keep-ratio", 0.05, "--max-new-tokens", 4, "--write")  # fmt: skip
+    assert output.exit_code == 0 and "4 questions" in output.output, output.output
+    kept = RedundancyCodebook.from_pretrained(tmp_path / "book").recommended_keep_ratio
+    assert kept in (1.0, 0.05) and f"keep_ratio {kept}" in output.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "--data", "@missing.jsonl"], "is no file, folder or dataset"),
+        (["evaluate", "--data", "@data.jsonl", "--metric", "bleu"], "--metric is one of exact"),
+        (["evaluate", "--data", "@data.jsonl", "--question-column", "q"], "has no q in row 0"),
+        (["evaluate", "--data", "@broken.jsonl"], "Line 1 of"),
+        (["evaluate", "--data", "@data.jsonl", "--keep-ratio", "3"], "in (0, 1]"),
+        (["evaluate", "--data", "@data.jsonl", "--score", "luck"], "score must be one of"),
+        (["evaluate", "--data", "@empty.jsonl"], "no questions"),
+        (["evaluate", "--data", "@data.jsonl", "--streaming"], "give --limit"),
+        (["calibrate"], "Give --images"),
+        (["calibrate", "--data", "@data.jsonl", "--share", "0"], "--share is of the unpruned"),
+        (["calibrate", "--images", "@.", "--retention", "7"], "in (0, 1]"),
+        (["calibrate", "--images", "@.", "--write", "--codebook", "org/book"], "--write needs --codebook, a folder"),
+    ],
+)
+def test_wrong_input_gets_one_sentence(family, files, tmp_path, arguments, words):
+    (files / "broken.jsonl").write_text("{")
+    (files / "empty.jsonl").write_text("")
+    arguments = [str(files / item[1:]) if item.startswith("@") else item for item in arguments]
+    common = ["--model", family.folder]
+    common += ["--out", tmp_path] if arguments[0] == "evaluate" else []
+    common += [] if "--codebook" in arguments else ["--codebook", files / "book"]
+    output = run(*arguments, *common)
+    assert output.exit_code == 2 and words in output.stderr, output.output
+    assert len([line for line in output.stderr.splitlines() if line.startswith("rbl: ")]) == 1
+
+
+def test_the_table_shows_shares_of_the_unpruned_model():
+    base, rule = result("unpruned", 1.0, [1, 1, 0, 0]), result("half", 0.5, [1, 0, 0, 0])
+    for item in (base, rule):
+        item.prefill_ms = item.cache_mib = 1.0
+    columns, rows = table_rows([base, rule], [["x"]] * 4)
+    assert dict(zip(columns, rows[0]))["exact, of unpruned"].startswith("100.0%")
+    assert dict(zip(columns, rows[1]))["exact"].startswith("25.0% [")
+    assert dict(zip(columns, rows[1]))["exact, of unpruned"].startswith("50.0% [")
