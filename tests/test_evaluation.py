@@ -218,8 +218,9 @@ def test_calibrating_on_labels(family, pruned, files, tmp_path):
             file.write(json.dumps(row) + "\n")
     family.codebook.save_pretrained(tmp_path / "book")
     columns = "--image-column picture --question-column asked --answer-column said --metric exact".split()
-    output = run("calibrate", "--model", family.folder, "--codebook", tmp_path / "book", "--data", tmp_path / "own.jsonl",
-                 *columns, "--keep-ratio", 1.0, "--keep-ratio", 0.05, "--max-new-tokens", 4, "--write")  # fmt: skip
+    ratios = "--keep-ratio 1.0 --keep-ratio 0.05 --max-new-tokens 4 --write".split()
+    files = ("--codebook", tmp_path / "book", "--data", tmp_path / "own.jsonl")
+    output = run("calibrate", "--model", family.folder, *files, *columns, *ratios)
     assert output.exit_code == 0 and "4 questions" in output.output, output.output
     kept = RedundancyCodebook.from_pretrained(tmp_path / "book").recommended_keep_ratio
     assert kept in (1.0, 0.05) and f"keep_ratio {kept}" in output.output
