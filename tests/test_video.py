@@ -211,3 +211,13 @@ def test_features_encoded_beforehand(pruned, two):
     text = {key: two[key] for key in two if key not in visual(two)}
     expected = pruned.generate(**two, **BEAMS)
     assert torch.equal(pruned.generate(**text, **BEAMS, mm_encoder_outputs={"video": features}), expected)
+
+
+def test_a_list_needs_no_pruning_settings(family, stock):
+    """Videos of different lengths in a model that prunes nothing."""
+    model = family.rbl_class.from_pretrained(family.folder).eval()
+    alone, batch = listed(family)
+    together = new(model.generate(**batch, **GREEDY), batch)
+    for row, one in enumerate(alone):
+        expected = new(stock.generate(**one, **GREEDY), one)
+        assert torch.equal(together[row : row + 1, : expected.shape[1]], expected)
