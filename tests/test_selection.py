@@ -38,6 +38,9 @@ def test_ties_go_by_position_and_repeated_points_join_one_centre():
     labels = dpc_knn(points, 3, neighbours=2)
     assert labels[0] == labels[1] and labels[2] == labels[3] and labels[4] == labels[5] and len(set(labels)) == 3
     assert np.array_equal(labels, dpc_knn(points, 3, neighbours=2))
+    assert sorted(dpc_knn(points, 6, neighbours=2)) == list(range(6))  # a centre belongs to itself
+    pairs = np.array([[0.0], [1.0], [10.0], [11.0]])  # all densities equal: the earlier point leads
+    assert dpc_knn(pairs, 2, neighbours=2).tolist() == [0, 0, 1, 1]
     assert dpc_knn(points[:0], 3).shape == (0,) and dpc_knn(points[:1], 3).tolist() == [0]
 
 

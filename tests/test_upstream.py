@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_anything_else_gets_one_sentence(tmp_path, content, words):
     result = run(tmp_path / "bad.pt", tmp_path / "out")
     assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
     assert "a pickle ran code" not in result.output and not (tmp_path / "out").exists()
+
+
+def test_a_file_saved_on_a_gpu_is_read_without_one(tmp_path):
+    file, _ = generated(tmp_path)
+    moved = tmp_path / "gpu.pt"
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(moved, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(name, content)
+    assert torch.equal(convert_upstream(moved).prototypes, convert_upstream(file).prototypes)
 
 
 def test_broken_files_and_ids(tmp_path):
