@@ -106,6 +106,7 @@ def test_what_a_build_writes(built):
         assert torch.equal(book.prototypes[number], probe.tokens[place].float())
         assert float(row["p1"]) == pytest.approx(float(probe.p1[place]), rel=1e-4)
         assert [row[f"word_{k}"] for k in (1, 2, 3)] == probe.words[place]
+    assert sum(book.built_with["words"].values()) <= len(rows) and book.built_with["words"][rows[0]["word_1"]] >= 1
     assert book.built_with["images"]["held_out"] == 1 and book.built_with["recipe"]["max_p1"] == 0.7
     report = (out / "report.md").read_text()
     assert "1 images that were not probed" in report and "| retention | threshold |" in report
@@ -129,6 +130,15 @@ def test_batch_size_changes_no_selection(family, photos, recipe, built, tmp_path
     places = [[(r["image"], r["position"], r["cluster"]) for r in csv.DictReader((out / "provenance.csv").open())]
               for out in (tmp_path / "book", built[0])]  # fmt: skip
     assert places[0] == places[1]
+
+
+def test_a_device_map_and_low_precision(family, photos, recipe, built, tmp_path):
+    arguments = ("--model", family.folder, "--images", photos, "--recipe", recipe, "--keep-ratio", 0.3)
+    assert run(*arguments, "--out", tmp_path / "map", "--device-map", "cpu").exit_code == 0
+    assert not same_bytes(tmp_path / "map", built[0])
+    result = run(*arguments, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert RedundancyCodebook.from_pretrained(tmp_path / "half").built_with["model"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])

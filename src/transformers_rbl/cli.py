@@ -74,7 +74,7 @@ def build(
 
     Over many processes: accelerate launch --num_processes N -m transformers_rbl.cli build …
     """
-    from .building.build import Processes, build_codebook, commonest_words, probe_images, read_records
+    from .building.build import Processes, build_codebook, probe_images
     from .building.records import Records, with_selection
 
     if (from_records is None) == (model is None):
@@ -120,7 +120,7 @@ def build(
             table.add_row(name, str(count))
         table.add_row("prototypes", " x ".join(map(str, book.prototypes.shape)))
         table.add_row("within 1e-5 of a threshold", str(len(selection.borderline)))
-        words = commonest_words(read_records(records)[0], selection, 5)
+        words = list(book.built_with["words"].items())[:5]
         table.add_row("shown alone, the model says", ", ".join(f"{word!r} {count}x" for word, count in words))
         table.add_row("report", str(out / "report.md"))
         Console().print(table)

@@ -202,6 +202,7 @@ def build_codebook(
             "model": model,
             "images": {**records.run["images"], "probed": len(probes), "held_out": len(aside)},
             "tokens": dict(selection.funnel),
+            "words": dict(_commonest_words(probes, selection)),
         },
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ def read_provenance(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def commonest_words(probes: list[Probe], selection: Selection, count: int = 10) -> list[tuple[str, int]]:
+def _commonest_words(probes: list[Probe], selection: Selection, count: int = 10) -> list[tuple[str, int]]:
     """What the model says most often when shown a prototype alone."""
     first = Counter(probes[i].words[r][0] for i, r in zip(selection.image, selection.row))
     return first.most_common(count)
@@ -251,7 +252,9 @@ def _weights_digest(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if "codebook" in name:
             continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":  # offloaded ones are not at hand
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
