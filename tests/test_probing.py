@@ -8,7 +8,7 @@ import torch
 import tiny_checkpoint
 from conftest import make_family
 from transformers_rbl.building.measures import answer_confidence, answer_divergence, neighbourhoods
-from transformers_rbl.building.probing import Prober, article_tokens, base_pixels, split_prompt
+from transformers_rbl.building.probing import RECOMPUTED, Prober, article_tokens, base_pixels, split_prompt
 from transformers_rbl.building.recipe import Recipe
 
 
@@ -203,6 +203,24 @@ def test_what_two_inputs_share_is_computed_once(family):
     starts = neighbourhoods(torch.arange(16), 4).amin(1)
     expected = 16 * (1 + suffix) + 2 * 16 * (9 + suffix) + 16 + suffix + int((16 - starts + suffix).sum())
     assert counts == {"tower": 1, "tokens": expected}
+
+
+def test_batching_recomputes_little(family):
+    """Rows that share a forward pass start at the earliest one's first changed token."""
+    prober_ = prober(family, Recipe(prompt="Name it.", targets=ALL))
+    tokens, _ = prober_.encode(base_pixels(family.processor, family.images(1)[0]))
+    around, lengths = neighbourhoods(torch.arange(16), 4), []
+    hook = prober_.headless.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    with torch.no_grad():
+        prober_.global_leave_one_out(tokens, around)
+    hook.remove()
+    suffix = len(prober_.suffix)
+    batches = lengths[2:]  # after the whole image's tokens and its answer
+    needed = int((16 - around.amin(1) + suffix).sum())
+    assert sum(rows for rows, _ in batches) == 16 and 1 < len(batches) < 16
+    assert needed < sum(rows * length for rows, length in batches) <= needed * (1 + RECOMPUTED)
 
 
 def test_measures_on_known_logits():
