@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 READ_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -37,28 +38,14 @@ class ImageSource:
         self.name, self.column, self.limit = str(source), column, limit
         self.paths = self.dataset = None
         path = Path(source)
-        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            from datasets import load_from_disk
-
-            self.dataset = load_from_disk(str(path))
-            if hasattr(self.dataset, "keys"):
-                self.dataset = self._split_of(self.dataset, split)
-        elif path.is_dir() and not any(path.glob("*.parquet")):
+        if path.is_dir() and not _holds_dataset(path):
             found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             self.paths = {str(file.relative_to(path)): file for file in sorted(found)}
         elif path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             self.paths = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
-        elif not path.is_dir() and (path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1):
-            raise OSError(f"{source} is no folder, list file or dataset.")
         else:
-            from datasets import load_dataset
-            from datasets.exceptions import DatasetsError
-
-            try:
-                self.dataset = load_dataset(self.name, split=split, streaming=streaming)
-            except DatasetsError as error:
-                raise OSError(f"{source} is no folder, list file or dataset: {error}") from error
+            self.dataset = open_dataset(source, split, streaming)
         if self.dataset is not None:
             self._open_dataset(streaming)
         else:
@@ -77,10 +64,10 @@ class ImageSource:
             for index in indices:
                 yield index, names[index], _opened(self.paths[names[index]])
             return
-        wanted = set(indices)
+        wanted, last = set(indices), max(indices, default=-1)
         rows = enumerate(self.dataset) if self.streaming else ((i, self.dataset[i]) for i in indices)
         for index, row in rows:
-            if index > max(wanted, default=-1):
+            if index > last:
                 return
             if index in wanted:
                 cell = row[self.column]
@@ -95,11 +82,6 @@ class ImageSource:
             "count": self.length,
             "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
         }
-
-    def _split_of(self, splits, split: str):
-        if split not in splits:
-            raise ValueError(f"{self.name} has the splits {', '.join(splits)}, not {split}.")
-        return splits[split]
 
     def _open_dataset(self, streaming: bool) -> None:
         from datasets import Image as ImageFeature
@@ -119,6 +101,36 @@ class ImageSource:
         if self.streaming:
             return self.limit
         return len(self.dataset) if self.limit is None else min(self.limit, len(self.dataset))
+
+
+def open_dataset(source, split: str, streaming: bool = False):
+    """A dataset from a folder (of `save_to_disk`, or of files that `datasets` reads) or from the Hub.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it has no such split.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    path, name = Path(source), str(source)
+    if any((path / file).is_file() for file in SAVED):
+        data = load_from_disk(name)
+        if not hasattr(data, "keys"):
+            return data
+        if split not in data:
+            raise ValueError(f"{name} has the splits {', '.join(data)}, not {split}.")
+        return data[split]
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise OSError(f"{name} is no file, folder or dataset.")
+    try:
+        return load_dataset(name, split=split, streaming=streaming)
+    except DatasetsError as error:
+        raise OSError(f"{name} is no file, folder or dataset: {error}") from error
+
+
+def _holds_dataset(path: Path) -> bool:
+    return any((path / file).is_file() for file in SAVED) or any(path.glob("*.parquet"))
 
 
 def _opened(source) -> Image.Image | Exception:

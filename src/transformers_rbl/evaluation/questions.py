@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..building.images import open_dataset
+
 
 @dataclass
 class Question:
@@ -40,7 +42,7 @@ def read_questions(
         OSError: if there is no such source, or an image cannot be read.
         ValueError: if a column is missing or a row is no question; the message names the row.
     """
-    for number, row in enumerate(_rows(Path(source), str(source), split, streaming)):
+    for number, row in enumerate(_rows(source, split, streaming)):
         if limit is not None and number >= limit:
             return
         if absent := [name for name in (image, question, answer) if name not in row]:
@@ -53,7 +55,8 @@ def read_questions(
         yield Question([_image(cell, folder) for cell in cells], str(row[question]), [str(item) for item in accepted])
 
 
-def _rows(path: Path, name: str, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+def _rows(source: str | os.PathLike, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+    path = Path(source)
     if path.is_file():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             if line.strip():
@@ -65,23 +68,7 @@ def _rows(path: Path, name: str, split: str, streaming: bool) -> Iterator[dict[s
                     raise ValueError(f"Line {number + 1} of {path} is no JSON object.")
                 yield row
         return
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        data = load_from_disk(str(path))
-        if hasattr(data, "keys"):
-            if split not in data:
-                raise ValueError(f"{path} has the splits {', '.join(data)}, not {split}.")
-            data = data[split]
-    elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise OSError(f"{name} is no file, folder or dataset.")
-    else:
-        try:
-            data = load_dataset(name, split=split, streaming=streaming)
-        except DatasetsError as error:
-            raise OSError(f"{name} is no file, folder or dataset: {error}") from error
-    yield from data
+    yield from open_dataset(source, split, streaming)
 
 
 def _image(cell, folder: Path) -> Image.Image:
