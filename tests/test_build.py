@@ -246,6 +246,14 @@ def test_images_from_a_list_and_from_a_dataset(family, photos, recipe, built, tm
     assert "has no column image; it has picture" in wrong.stderr
 
 
+def test_one_image_and_a_file_that_is_neither(photos, tmp_path):
+    source = ImageSource(photos / "00.png")
+    assert [name for _, name, image in source.items([0])] == ["00.png"] and len(source) == 1
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match="neither an image nor a list"):
+        ImageSource(tmp_path / "model.bin")
+
+
 def test_a_streamed_dataset_needs_a_number(photos, tmp_path):
     from datasets import Dataset
     from datasets import Image as ImageFeature

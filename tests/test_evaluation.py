@@ -233,6 +233,7 @@ def test_calibrating_on_labels(family, pruned, files, tmp_path):
         (["evaluate", "--data", "@data.jsonl", "--metric", "bleu"], "--metric is one of exact"),
         (["evaluate", "--data", "@data.jsonl", "--question-column", "q"], "has no q in row 0"),
         (["evaluate", "--data", "@broken.jsonl"], "Line 1 of"),
+        (["evaluate", "--data", "@0.png"], "is no JSON Lines file"),
         (["evaluate", "--data", "@data.jsonl", "--keep-ratio", "3"], "in (0, 1]"),
         (["evaluate", "--data", "@data.jsonl", "--score", "luck"], "score must be one of"),
         (["evaluate", "--data", "@empty.jsonl"], "no questions"),

@@ -21,8 +21,8 @@ class ImageSource:
     """Numbered images, opened one at a time.
 
     Args:
-        source (`str` or `os.PathLike`): a folder of image files (searched in depth, sorted by path); a text file with
-            one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote, or one of parquet
+        source (`str` or `os.PathLike`): a folder of image files (searched in depth, sorted by path) or one of them; a text
+            file with one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote, or one of parquet
             files; or a dataset's Hub id.
         column (`str`): of a dataset, the one with images.
         split (`str`): of a dataset from the Hub.
@@ -41,8 +41,13 @@ class ImageSource:
         if path.is_dir() and not _holds_dataset(path):
             found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             self.paths = {str(file.relative_to(path)): file for file in sorted(found)}
+        elif path.is_file() and path.suffix.lower() in SUFFIXES:
+            self.paths = {path.name: path}
         elif path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is neither an image nor a list of paths.") from error
             self.paths = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
         else:
             self.dataset = open_dataset(source, split, streaming)

@@ -58,7 +58,11 @@ def read_questions(
 def _rows(source: str | os.PathLike, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no JSON Lines file.") from error
+        for number, line in enumerate(lines):
             if line.strip():
                 try:
                     row = json.loads(line)
