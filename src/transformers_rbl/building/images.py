@@ -21,9 +21,9 @@ class ImageSource:
     """Numbered images, opened one at a time.
 
     Args:
-        source (`str` or `os.PathLike`): a folder of image files (searched in depth, sorted by path) or one of them; a text
-            file with one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote, or one of parquet
-            files; or a dataset's Hub id.
+        source (`str` or `os.PathLike`): a folder of image files (searched in depth, sorted by path), or one of them; a
+            text file with one path a line, relative to it; a folder that `datasets.Dataset.save_to_disk` wrote, or one
+            of parquet files; or a dataset's Hub id.
         column (`str`): of a dataset, the one with images.
         split (`str`): of a dataset from the Hub.
         streaming (`bool`): read a dataset from the Hub without downloading it first; `limit` must be given.
