@@ -30,7 +30,7 @@ RECIPE = {
     "max_p1": 0.7, "max_divergence": 0.8, "image_clusters": 4, "max_cluster_size": None, "prototype_clusters": 3,
     "min_unique_images": 1,
 }  # fmt: skip
-FILES = ["codebook.json", "codebook.safetensors", "provenance.csv", "recipe.yaml", "report.md"]
+FILES = ["README.md", "codebook.json", "codebook.safetensors", "provenance.csv", "recipe.yaml", "report.md"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The codebook: its scores, its artifact, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,9 +156,17 @@ def test_push_uploads_what_save_writes(codebook, monkeypatch):
 
         def upload_folder(self, folder_path, **kwargs):
             seen.update(kwargs, tensors=load_file(f"{folder_path}/{WEIGHTS_NAME}"))
+            seen["card"] = (Path(folder_path) / "README.md").exists()
             return "commit"
+
+        def file_exists(self, repo_id, filename, revision=None):
+            return repo_id == "org/with-card" and filename == "README.md" and revision == "dev"
 
     monkeypatch.setattr(module, "HfApi", Api)
     assert codebook.push_to_hub("org/book", private=True, token="t", revision="dev") == "commit"
     assert torch.equal(seen["tensors"]["prototypes"], codebook.prototypes)
+    assert seen["card"]
+    codebook.push_to_hub("org/with-card", revision="dev")
+    assert not seen["card"]  # a card of the user's own stays
+    codebook.push_to_hub("org/book", private=True, token="t", revision="dev")
     assert (seen["repo_id"], seen["private"], seen["token"], seen["revision"]) == ("org/book", True, "t", "dev")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .cards import codebook_card
 from .pruning import PruningConfig, kept_token_count, score_tokens, select_tokens
 
 
@@ -217,7 +218,8 @@ class RedundancyCodebook(nn.Module):
         create_pr: bool = False,
         commit_message: str = "Upload codebook",
     ):
-        """Upload the codebook to a model repository on the Hub, made if missing. Arguments as in `HfApi.upload_folder`.
+        """Upload the codebook to a model repository on the Hub, made if missing, with a card unless it has one.
+        Arguments as in `HfApi.upload_folder`.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -226,6 +228,8 @@ class RedundancyCodebook(nn.Module):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            if not api.file_exists(repo_id, "README.md", revision=revision):
+                codebook_card(self, repo_id).save(Path(folder, "README.md"))
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

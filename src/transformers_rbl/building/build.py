@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..cards import codebook_card
 from ..codebook import RedundancyCodebook
 from .images import ImageSource
 from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt
@@ -207,6 +208,7 @@ def build_codebook(
     )
     out.mkdir(parents=True, exist_ok=True)
     book.save_pretrained(out)
+    write_whole(out / "README.md", str(codebook_card(book)).encode())
     write_whole(out / PROVENANCE_NAME, _provenance(probes, selection, recipe).encode())
     write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
     write_report(out, book, probes, aside, selection, recipe, missing, probed.skipped if probed else [])
