@@ -141,7 +141,7 @@ def test_a_device_map_and_low_precision(family, photos, recipe, built, tmp_path)
     assert RedundancyCodebook.from_pretrained(tmp_path / "half").built_with["model"]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "another build"])
 def test_a_damaged_record_is_detected_and_made_again(family, photos, recipe, built, tmp_path, damage):
     out = tmp_path / "book"
     shutil.copytree(built[0], out)
@@ -152,8 +152,14 @@ def test_a_damaged_record_is_detected_and_made_again(family, photos, recipe, bui
     elif damage == "flipped":
         content[-20] ^= 0xFF
         record.write_bytes(content)
-    else:
+    elif damage == "no record":
         shutil.copy(out / "records" / "run.json", record)
+    else:
+        known = Records(out / "records")
+        other = Records(tmp_path / "other", {**known.run, "model": {}})
+        other.begin()
+        other.write(4, known.read(4))
+        shutil.copy(other.path(4), record)
     assert Records(out / "records").read(4) is None
     result = run("--model", family.folder, "--images", photos, "--recipe", recipe, "--out", out, "--keep-ratio", 0.3)
     assert "1 probed, 11 from records" in result.output
