@@ -178,7 +178,8 @@ def test_a_changed_recipe_model_or_image_list_is_refused_and_named(family, photo
         assert result.exit_code == 2 and len(errors) == 1, result.output
         return errors[0]
 
-    assert "recipe prompt was 'Name it.' and is 'What?'" in refused("--set", "prompt=What?")
+    probing = refused("--set", "prompt=What?")
+    assert "recipe prompt was 'Name it.' and is 'What?'" in probing and "Give another output folder" in probing
     selection = refused("--set", "max_p1=0.5")
     assert "recipe max_p1 was 0.7 and is 0.5" in selection and "--from-records" in selection
     other = shutil.copytree(family.folder, tmp_path / "other")
@@ -497,6 +498,20 @@ def test_bad_recipes_get_a_sentence(changes, words, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is no recipe"):
         Recipe.load(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from transformers_rbl.building import records as module
+
+    module.write_whole(tmp_path / "file", b"first")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        module.write_whole(tmp_path / "file", b"second")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"first"
 
 
 def test_records_of_another_version_do_not_open(tmp_path):
