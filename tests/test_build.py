@@ -514,6 +514,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"first"
 
 
+def test_records_that_other_processes_wrote_elsewhere_are_missed(built, tmp_path):
+    from transformers_rbl.building.build import Probed, build_codebook
+
+    shutil.copytree(built[0] / "records", tmp_path / "records")
+    (tmp_path / "records" / "00000004.safetensors").unlink()
+    records = Records(tmp_path / "records")
+    with pytest.raises(OSError, match="lacks the records of 1 images: all processes must write"):
+        build_codebook(records, Recipe(**RECIPE), tmp_path / "out", probed=Probed())
+    build_codebook(records, Recipe(**RECIPE), tmp_path / "out", probed=Probed(skipped=[("04.png", "broken")]))
+
+
 def test_records_of_another_version_do_not_open(tmp_path):
     with pytest.raises(OSError, match="holds no probe records"):
         Records(tmp_path)
