@@ -20,7 +20,7 @@ def codebook():
 def test_round_trip_keeps_every_bit_and_field(codebook, tmp_path):
     codebook.save_pretrained(tmp_path / "new" / "folder")
     again = RedundancyCodebook.from_pretrained(tmp_path / "new" / "folder")
-    assert torch.equal(again.prototypes, codebook.prototypes) and again._metadata() == codebook._metadata()
+    assert torch.equal(again.prototypes, codebook.prototypes) and again.metadata() == codebook.metadata()
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [CARD_NAME, WEIGHTS_NAME]
     assert again.recommended_pruning == PruningConfig(keep_ratio=0.2)
 

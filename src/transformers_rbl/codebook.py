@@ -62,14 +62,17 @@ class RedundancyCodebook(nn.Module):
         self.register_buffer("prototypes", prototypes.detach().to(torch.float32, copy=True).contiguous())
         self.register_buffer("unit_prototypes", torch.empty(0), persistent=False)
         self.normalise()
-        self.register_load_state_dict_post_hook(lambda module, _: module.normalise())
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.normalise()
 
     @classmethod
-    def uninitialised(cls, num_prototypes: int, width: int) -> RedundancyCodebook:
+    def uninitialised(cls, num_prototypes: int, width: int, metadata: dict | None = None) -> RedundancyCodebook:
         """A codebook to load weights into. It holds NaN until then, and `score` raises."""
         codebook = cls.__new__(cls)
         with torch.device("cpu"):
-            cls.__init__(codebook, torch.ones(num_prototypes, width))
+            cls.__init__(codebook, torch.ones(num_prototypes, width), **(metadata or {}))
         device = torch.empty(0).device  # `meta` while transformers builds a model to load
         codebook.prototypes = torch.full((num_prototypes, width), torch.nan, dtype=torch.float32, device=device)
         codebook.normalise()
@@ -121,7 +124,7 @@ class RedundancyCodebook(nn.Module):
         first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
         first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
         rows = first.sort().values
-        single = RedundancyCodebook(self.prototypes[rows], **copy.deepcopy(self._metadata()))
+        single = RedundancyCodebook(self.prototypes[rows], **copy.deepcopy(self.metadata()))
         if "image_ids" in (source := single.built_with.get("source", {})):
             source["image_ids"] = [source["image_ids"][row] for row in rows.tolist()]
         return single
@@ -132,7 +135,7 @@ class RedundancyCodebook(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"prototypes": self.prototypes.cpu()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         count, width = self.prototypes.shape
-        card = {"version": FORMAT_VERSION, "num_prototypes": count, "width": width, **self._metadata()}
+        card = {"version": FORMAT_VERSION, "num_prototypes": count, "width": width, **self.metadata()}
         (folder / CARD_NAME).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -238,7 +241,8 @@ class RedundancyCodebook(nn.Module):
                 commit_message=commit_message,
             )
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
+        """What the codebook knows of itself: base model, recommended settings, how it was built. JSON types."""
         return {
             "base_model": self.base_model,
             "recommended_keep_ratio": self.recommended_keep_ratio,
@@ -279,6 +283,8 @@ def keep_mask(
     Returns:
         `torch.BoolTensor` of shape `(L,)`.
     """
+    if tokens.ndim != 2:
+        raise ValueError(f"Tokens of one image are (L, d); got a tensor of shape {tuple(tokens.shape)}.")
     if not pruning.enabled or len(tokens) == 0:
         return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     count = None

@@ -17,6 +17,8 @@ class RBLConfigMixin:
     Args:
         pruning (`dict`, *optional*): fields of [`PruningConfig`]; None leaves the model as the stock one.
         num_prototypes (`int`, *optional*): rows of the codebook in the checkpoint; None if it has none.
+        codebook (`dict`, *optional*): what that codebook knows of itself (base model, recommended settings, how it was
+            built).
         base_model (`str`, *optional*): Hub id of the stock checkpoint that the weights come from.
         full_length_logits (`bool`, defaults to `False`): `forward` returns logits at the length of the original prompt
             (dropped positions repeat the last kept one before them) instead of compact ones. Costs memory; for code
@@ -30,6 +32,7 @@ class RBLConfigMixin:
 
     pruning: dict | None = None
     num_prototypes: int | None = None
+    codebook: dict | None = None
     base_model: str | None = None
     full_length_logits: bool = False
 

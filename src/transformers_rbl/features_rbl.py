@@ -30,7 +30,9 @@ class RBLModelMixin(RBLMixin):
     def __init__(self, config):
         super().__init__(config)
         count, width = config.num_prototypes, config.text_config.hidden_size
-        self.register_module("codebook", None if count is None else RedundancyCodebook.uninitialised(count, width))
+        self.register_module(
+            "codebook", None if count is None else RedundancyCodebook.uninitialised(count, width, config.codebook)
+        )
         names = [name for name, _ in self.vision_tower.named_parameters()]
         self._has_cls = any(name.endswith(("class_embedding", "cls_token")) for name in names)
 
@@ -187,7 +189,7 @@ class RBLModelMixin(RBLMixin):
 
     def _scored(self, tokens, pruning: PruningConfig, cls_similarity, groups: int = 1) -> torch.Tensor:
         length = len(tokens) // groups
-        similarities = [None] * groups if cls_similarity is None else cls_similarity.split(length)
+        similarities = [None] * groups if cls_similarity is None else cls_similarity.to(tokens.device).split(length)
         masks = (
             keep_mask(part, pruning, self.codebook, similarity, frame)
             for frame, (part, similarity) in enumerate(zip(tokens.split(length), similarities, strict=True))
@@ -228,7 +230,7 @@ class RBLModelMixin(RBLMixin):
         chosen = [tiles[i] for i in indices]
         call["pixel_values"] = None if not chosen else (torch.stack if pixels.ndim == 5 else torch.cat)(chosen)
         if call.get("image_sizes") is not None:
-            call["image_sizes"] = call["image_sizes"][indices]
+            call["image_sizes"] = torch.as_tensor(call["image_sizes"])[indices]
 
 
 def cls_cosines(hidden_states, layers: int | list[int]) -> torch.Tensor:

@@ -112,12 +112,14 @@ class RBLGenerationMixin(RBLMixin):
             for modality, key in MASKS.items():
                 if key in features.get(modality, {}):
                     result[key] = features[modality][key]
-            result["prompt_mask"] = torch.ones_like(dropped) if plan is None else plan.kept
+            result["prompt_mask"] = call["attention_mask"][:, -dropped.shape[1] :].bool() if plan is None else plan.kept
         if plan is not None and cache is not None and not plan.kept.all():
             if positions is None:
                 positions = plan.mask.long().cumsum(-1) - 1
             memory = plan.remember(ids if seen == start else None, positions)
             cache.pruned_prompt = memory if times == 1 else memory.repeat(times)
+        elif memory is not None and cache is not None and times > 1:
+            cache.pruned_prompt = memory.repeat(times)
         return result
 
     def _option(self, call: dict, name: str, default=None):

@@ -13,7 +13,7 @@ import os
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import logging
 
 from .codebook import RedundancyCodebook
@@ -176,7 +176,7 @@ class RBLMixin:
         device = next(self.base_model.multi_modal_projector.parameters()).device
         self.base_model.register_module("codebook", codebook if device.type == "meta" else codebook.to(device))
         codebook.normalise()
-        self.config.num_prototypes = len(codebook.prototypes)
+        self.config.num_prototypes, self.config.codebook = len(codebook.prototypes), codebook.metadata()
 
     def _active_pruning(self, pruning: PruningConfig | dict | None) -> PruningConfig | None:
         """The settings of a call, None if pruning is off."""
@@ -199,6 +199,11 @@ class RBLMixin:
             return True
         has_pixels = any(call.get(pixels) is not None for pixels in PIXELS.values())
         return has_pixels and (pruning is not None or self._active_pruning(None) is not None)
+
+    def _labels_beside(self, pruning) -> bool:
+        """Whether outputs carry the labels that belong to their logits."""
+        pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
+        return pruning is not None and pruning.enabled and not self.config.full_length_logits
 
     def _encode(self, call: dict, pruning) -> dict:
         """Visual features by modality, encoded here or passed in. Their arguments leave `call`."""
@@ -275,7 +280,10 @@ class RBLMixin:
         cache = call.get("past_key_values")
         memory = CachedPrompt.of(cache)
         if memory is None and not self._prunes(call, pruning):
-            return stock(self, **with_videos_joined(call))
+            outputs = stock(self, **with_videos_joined(call))
+            if call.get("labels") is not None and isinstance(outputs, ModelOutput) and self._labels_beside(pruning):
+                outputs["labels"] = call["labels"]  # as in batches with images, which Trainer gathers beside this one
+            return outputs
 
         return_dict = call.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -303,10 +311,11 @@ class RBLMixin:
             outputs.past_key_values.pruned_prompt = plan.remember(known, call.get("position_ids"))
         if call.get("labels") is not None:
             extras["labels"] = call["labels"]
-        if plan is not None and "logits" in outputs and self.config.full_length_logits:
-            outputs.logits = _full_length(outputs.logits, plan)
-            extras["prompt_mask"] = torch.ones_like(dropped)
+        if "logits" in outputs and self.config.full_length_logits:
             extras.pop("labels", None)
+            if plan is not None:
+                outputs.logits = _full_length(outputs.logits, plan)
+                extras["prompt_mask"] = torch.ones_like(dropped)
         if not return_dict:
             return outputs.to_tuple()
         for key, value in extras.items():

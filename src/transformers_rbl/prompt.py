@@ -31,7 +31,10 @@ class CachedPrompt:
     def of(cache) -> CachedPrompt | None:
         """What is known of a cache; None for one without pruned prompts, or reset to be used again."""
         memory = getattr(cache, "pruned_prompt", None)
-        return memory if memory is not None and int(cache.get_seq_length()) > 0 else None
+        if memory is not None and int(cache.get_seq_length()) == 0:
+            del cache.pruned_prompt  # it must not come back to life once the cache fills again
+            return None
+        return memory
 
     @classmethod
     def empty(cls, batch: int, device) -> CachedPrompt:
@@ -127,7 +130,7 @@ class PromptPlan:
         if position_ids is None:
             if self.index.numel() == 0 or self.attention_mask.shape[1] == self.mask.shape[1]:
                 return None
-            first = self.past.next_position + self.decoded.shape[1]
+            first = self.past.next_position + self.decoded.sum(-1)
             return (first[:, None] + self.mask.long().cumsum(-1) - 1).clamp(min=0)
         position_ids = position_ids.expand(len(self.index), -1)
         starts = torch.ones_like(self.kept)
@@ -144,10 +147,9 @@ class PromptPlan:
             upcoming = torch.full_like(self.past.next_position, self.attention_mask.shape[1])
         else:
             upcoming = position_ids.masked_fill(~self.mask, -1).amax(-1) + 1
-        decoded = torch.ones_like(self.decoded)
         return CachedPrompt(
             input_ids=input_ids,
-            kept=torch.cat([self.past.kept, decoded, self.kept], dim=1),
+            kept=torch.cat([self.past.kept, self.decoded, self.kept], dim=1),
             mask=self.attention_mask,
             dropped=self.past.dropped + self.dropped.sum(-1),
             next_position=upcoming,
@@ -163,7 +165,8 @@ def scatter_to_prompt(
         values (`torch.Tensor` of shape `(batch, compact, ...)`): e.g. `outputs.logits`.
         prompt_mask (`torch.BoolTensor` of shape `(batch, L)`): `outputs.prompt_mask`, the positions that `values`
             covers.
-        padding_side (`str`, *optional*): side on which the batch was padded; needed only if rows kept different counts.
+        padding_side (`str`, *optional*): side on which `values` are padded; needed only if rows kept different counts.
+            `"right"` if the prompt was right-padded, that is if some row of it did end in padding; else `"left"`.
         fill (`float` or `"previous"`, defaults to 0): what the other positions get. `"previous"` repeats the value of
             the last kept position before them, which keeps next-token logits right for labels shifted by one.
 

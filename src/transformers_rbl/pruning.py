@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,8 +63,10 @@ class PruningConfig:
     def __post_init__(self):
         for name in ("keep_ratio", "threshold"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
+            if value is not None:
+                object.__setattr__(self, name, float(value))  # a NumPy number would not survive JSON
         if self.enabled and (self.keep_ratio is None) == (self.threshold is None):
             given = "neither was" if self.keep_ratio is None else "both were"
             raise ValueError(f"Give exactly one of keep_ratio and threshold; {given} given.")
@@ -75,8 +78,8 @@ class PruningConfig:
             raise ValueError(
                 f"min_tokens must be an integer of at least 1 (no image may vanish); got {self.min_tokens!r}."
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; got {self.seed!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1; got {self.seed!r}.")
         for name, allowed in (("score", tuple(SCORERS)), ("newlines", NEWLINE_POLICIES), ("tiles", TILE_POLICIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
