@@ -1,6 +1,7 @@
 """The codebook: its scores, its artifact, and what it refuses."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,17 @@ from transformers_rbl.codebook import CARD_NAME, WEIGHTS_NAME
 def codebook():
     card = {"recommended_keep_ratio": 0.2, "recommended_threshold": 0.4, "built_with": {"images": 3}}
     return RedundancyCodebook(torch.randn(9, 6), base_model="org/base", **card)
+
+
+def test_a_codebook_can_be_pickled(codebook):
+    """For processes that share a model; it is never how one is saved."""
+    again = pickle.loads(pickle.dumps(codebook))
+    assert torch.equal(again.unit_prototypes, codebook.unit_prototypes)
+
+
+def test_tokens_of_a_batch_are_refused(codebook):
+    with pytest.raises(ValueError, match=r"\(L, d\)"):
+        codebook.keep_mask(torch.randn(2, 3, codebook.prototypes.shape[1]), PruningConfig(keep_ratio=0.5))
 
 
 def test_round_trip_keeps_every_bit_and_field(codebook, tmp_path):

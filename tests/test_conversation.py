@@ -205,3 +205,57 @@ def test_padded_text_turns_then_images(family, pruned):
     )
     assert torch.equal(cached.sequences, expected)
     torch.testing.assert_close(cached.logits[0], own, atol=2e-4, rtol=0)
+
+
+def test_a_second_turn_where_a_row_ended_early(family, pruned):
+    """Padding that generation left behind is neither attended to nor counted in positions."""
+    inputs = family.inputs([FIRST, FIRST], family.images(2))
+    words = pruned.generate(**inputs, **GREEDY, eos_token_id=None)[:, inputs.input_ids.shape[1] :]
+    early = next(
+        (step, int(token))
+        for step, token in enumerate(words[0, 1:5], start=1)
+        if token not in words[1] and token not in words[0, :step]
+    )
+    eos = early[1]
+    first = pruned.generate(**inputs, **GREEDY, eos_token_id=eos, return_dict_in_generate=True)
+    answered = first.sequences[:, inputs.input_ids.shape[1] :]
+    ended = torch.nn.functional.pad((answered == eos).cumsum(1)[:, :-1] > 0, (1, 0))
+    assert ended.any() and not ended.all(0).any()
+    mask = torch.cat([inputs.attention_mask, (~ended).long()], 1)
+    ids = append(family, first.sequences, MORE)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    over = turn(pruned, {**inputs, "input_ids": ids, "attention_mask": mask}).sequences
+    second = turn(pruned, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+    assert torch.equal(second.sequences, over)
+    ids = append(family, second.sequences, MORE)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    over = turn(pruned, {**inputs, "input_ids": ids, "attention_mask": mask}).sequences
+    third = turn(pruned, {"input_ids": ids, "attention_mask": mask}, past_key_values=second.past_key_values)
+    assert torch.equal(third.sequences, over)
+
+
+def test_a_reset_cache_forgets_the_pruned_prompt(family, pruned, stock):
+    cache = StaticCache(config=pruned.config, max_cache_len=300)
+    turn(pruned, family.inputs([FIRST]), past_key_values=cache)
+    cache.reset()
+    text = family.inputs(["<s>USER: no picture at all, only words. ASSISTANT:"])
+    expected = stock.generate(**text, **GREEDY, eos_token_id=None)
+    first = turn(pruned, text, past_key_values=cache)
+    assert torch.equal(first.sequences, expected)
+    ids = append(family, first.sequences, MORE)
+    over = stock.generate(input_ids=ids, **GREEDY, eos_token_id=None)
+    assert torch.equal(turn(pruned, {"input_ids": ids}, past_key_values=cache).sequences, over)
+
+
+def test_a_turn_after_several_sequences_of_one(family, pruned):
+    first = turn(pruned, family.inputs([FIRST]))
+    ids = append(family, first.sequences, MORE)
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(2)
+    sampled = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4, "eos_token_id": None}
+    second = pruned.generate(input_ids=ids, past_key_values=cache, return_dict_in_generate=True, **sampled)
+    ids = append(family, second.sequences, MORE)
+    third = turn(pruned, {"input_ids": ids}, past_key_values=second.past_key_values)
+    inputs = family.inputs([FIRST])
+    single = [{**inputs, "input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    assert torch.equal(third.sequences, torch.cat([turn(pruned, row).sequences for row in single]))

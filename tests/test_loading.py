@@ -287,3 +287,12 @@ def test_quantised_loading(family, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = family.rbl_class.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert torch.equal(again.codebook.prototypes, book.prototypes)
+
+
+def test_a_saved_model_knows_where_its_codebook_comes_from(family, tmp_path):
+    book = RedundancyCodebook(
+        family.codebook.prototypes, recommended_threshold=0.4, built_with={"images": 3, "recipe": {"seed": 1}}
+    )
+    family.pruned(codebook=book).save_pretrained(tmp_path)
+    again = family.rbl_class.from_pretrained(tmp_path)
+    assert again.codebook.metadata() == book.metadata() and torch.equal(again.codebook.prototypes, book.prototypes)

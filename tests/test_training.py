@@ -121,3 +121,31 @@ def test_a_step_of_training_lowers_the_loss(family, labelled):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_evaluation_of_batches_with_and_without_images(family, labelled, tmp_path):
+    """Outputs of every batch carry the same entries, or Trainer cannot gather them."""
+    texts = {k: labelled[k][-1:, : int(labelled["attention_mask"][-1].sum())] for k in ("input_ids", "attention_mask")}
+    texts["labels"] = texts["input_ids"]
+    batches = {0: labelled, 1: texts}
+
+    class Two(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return index
+
+    for full_length in (False, True):
+        model = family.pruned()
+        model.config.full_length_logits = full_length
+        arguments = TrainingArguments(
+            tmp_path, per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        seen = []
+        train = Trainer(
+            model, arguments, lambda rows: dict(batches[rows[0]]), compute_metrics=lambda p: seen.append(p) or {}
+        )
+        assert np.isfinite(train.evaluate(Two())["eval_loss"])
+        assert isinstance(seen[0].predictions, tuple) != full_length
