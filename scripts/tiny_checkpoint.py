@@ -97,8 +97,9 @@ def config(
     return LlavaOnevisionConfig(**{**common, **kwargs}, text_config=Qwen2Config(**text))
 
 
-def processor(cfg):
-    """The family's own processor for that config."""
+def processor(cfg, words=None):
+    """The family's own processor for that config; `words` is the tokenizer, by default bytes."""
+    words = words or tokenizer()
     vision, strategy = cfg.vision_config, cfg.vision_feature_select_strategy
     side, extra = vision.image_size, int(vision.model_type == "clip_vision_model")
     size = {"shortest_edge": side}
@@ -109,7 +110,7 @@ def processor(cfg):
         square = {"height": side, "width": side}
         images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=cfg.image_grid_pinpoints)
         return LlavaOnevisionProcessor(
-            images, tokenizer(), LlavaOnevisionVideoProcessor(size=square), **common,
+            images, words, LlavaOnevisionVideoProcessor(size=square), **common,
             num_image_tokens=(side // vision.patch_size) ** 2 + extra, vision_aspect_ratio=cfg.vision_aspect_ratio,
         )  # fmt: skip
     common |= {"patch_size": vision.patch_size, "num_additional_image_tokens": extra}
@@ -117,9 +118,9 @@ def processor(cfg):
         images = LlavaNextImageProcessorPil(
             size=size, crop_size={"height": side, "width": side}, image_grid_pinpoints=cfg.image_grid_pinpoints
         )
-        return LlavaNextProcessor(images, tokenizer(), **common)
+        return LlavaNextProcessor(images, words, **common)
     images = LlavaImageProcessorPil(size=size, crop_size={"height": side, "width": side})
-    return LlavaProcessor(images, tokenizer(), **common)
+    return LlavaProcessor(images, words, **common)
 
 
 # The quickstart's sizes: an 8 x 8 grid, wide enough to be worth timing.
