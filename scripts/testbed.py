@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits, load_sample_images
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -437,3 +441,51 @@ def config(family: str):
     if family == "llava_next":
         cfg.image_grid_pinpoints = [[rows * TILE[family], columns * TILE[family]] for rows, columns in sorted(GRIDS)]
     return cfg
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(help="Write the testbed's images and questions as files.", no_args_is_help=True)
+Family = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
+
+
+@app.command("images")
+def write_images(
+    folder: Annotated[Path, typer.Argument()],
+    family: Family = "llava_next",
+    count: Annotated[int, typer.Option(min=1)] = 64,
+    split: Annotated[str, typer.Option(help=", ".join(SPLITS))] = "train",
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+) -> None:
+    """Unlabelled images, to build a codebook or to calibrate with. Of LLaVA-NeXT every second one is of a single tile's
+    size, since a codebook is built from base images: these show tokens at the scale of tiles."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = KINDS[family][0]
+    for number in range(count):
+        grid = (1, 1) if number % 2 else None
+        drawn = list(examples(family, kind, split, 1, seed * 100_003 + number, grid))[0]
+        drawn.pictures()[number % len(drawn.images)].save(folder / f"{number:05}.png")
+
+
+@app.command("questions")
+def write_questions(
+    folder: Annotated[Path, typer.Argument()],
+    family: Family = "llava_next",
+    count: Annotated[int, typer.Option(min=1, help="Examples, of four questions each.")] = 50,
+    split: Annotated[str, typer.Option(help=", ".join(SPLITS))] = "test",
+    seed: Annotated[int, typer.Option(min=0)] = 100,
+) -> None:
+    """`questions.jsonl` with its images, as `rbl evaluate` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, drawn in enumerate(examples(family, KINDS[family][0], split, count, seed)):
+        names = [f"{number:05}-{place}.png" for place in range(len(drawn.images))]
+        for name, picture in zip(names, drawn.pictures()):
+            picture.save(folder / name)
+        for kind, question, reply in drawn.questions:
+            lines.append(json.dumps({"image": names, "question": question, "answer": reply, "kind": kind}))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    app()

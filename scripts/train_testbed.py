@@ -200,7 +200,9 @@ def visual_inputs(family: str, batch: list[Example]) -> dict:
         }  # fmt: skip
     side = TILE[family]
     whole = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    base = F.interpolate(whole, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
+    base = whole
+    for shape in ((height, side), (side, side)):  # one axis after the other, in whole levels: as PIL does
+        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
     tiles = whole.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     pixels = torch.cat([base[:, None], tiles], 1)
     values = normalise(pixels.flatten(0, 1).permute(0, 2, 3, 1).to(torch.uint8).numpy())

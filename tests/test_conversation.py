@@ -259,3 +259,16 @@ def test_a_turn_after_several_sequences_of_one(family, pruned):
     inputs = family.inputs([FIRST])
     single = [{**inputs, "input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
     assert torch.equal(third.sequences, torch.cat([turn(pruned, row).sequences for row in single]))
+
+
+def test_rows_of_a_cache_that_were_moved_are_noticed(family, pruned):
+    inputs = family.inputs([FIRST, FIRST], family.images(2))
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    for change, rows in (("reorder_cache", [1, 0]), ("batch_select_indices", [1])):
+        cache = copy.deepcopy(first.past_key_values)
+        getattr(cache, change)(torch.tensor(rows))
+        with pytest.raises(ValueError, match="reordered or selected"):
+            pruned.generate(input_ids=ids[rows], past_key_values=cache, **GREEDY)
+        with pytest.raises(ValueError, match="reordered or selected"):
+            pruned(input_ids=ids[rows], past_key_values=cache)

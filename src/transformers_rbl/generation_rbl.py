@@ -117,9 +117,9 @@ class RBLGenerationMixin(RBLMixin):
             if positions is None:
                 positions = plan.mask.long().cumsum(-1) - 1
             memory = plan.remember(ids if seen == start else None, positions)
-            cache.pruned_prompt = memory if times == 1 else memory.repeat(times)
+            memory.repeat(times).attach(cache)
         elif memory is not None and cache is not None and times > 1:
-            cache.pruned_prompt = memory.repeat(times)
+            memory.repeat(times).attach(cache)
         return result
 
     def _option(self, call: dict, name: str, default=None):

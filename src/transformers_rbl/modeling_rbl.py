@@ -308,7 +308,7 @@ class RBLMixin:
         extras["prompt_mask"] = torch.ones_like(dropped) if plan is None else plan.kept
         if plan is not None and outputs.past_key_values is not None and not plan.kept.all():
             known = ids if start == 0 else None
-            outputs.past_key_values.pruned_prompt = plan.remember(known, call.get("position_ids"))
+            plan.remember(known, call.get("position_ids")).attach(outputs.past_key_values)
         if call.get("labels") is not None:
             extras["labels"] = call["labels"]
         if "logits" in outputs and self.config.full_length_logits:

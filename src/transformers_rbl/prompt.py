@@ -19,6 +19,7 @@ class CachedPrompt:
         mask (`torch.BoolTensor` of shape `(batch, compact)`): cache entries that hold a token (the rest is padding).
         dropped (`torch.LongTensor` of shape `(batch,)`): visual tokens dropped, per row.
         next_position (`torch.LongTensor` of shape `(batch,)`): position of the token after the last entry.
+        last_keys (`torch.Tensor` of shape `(batch, head_dim)`, *optional*): of the last entry, to know rows again.
     """
 
     input_ids: torch.Tensor | None
@@ -26,15 +27,42 @@ class CachedPrompt:
     mask: torch.Tensor
     dropped: torch.Tensor
     next_position: torch.Tensor
+    last_keys: torch.Tensor | None = None
 
     @staticmethod
     def of(cache) -> CachedPrompt | None:
-        """What is known of a cache; None for one without pruned prompts, or reset to be used again."""
+        """What is known of a cache; None for one without pruned prompts, or reset to be used again.
+
+        Raises:
+            ValueError: if the cache's rows are no longer those of the prompts, or each of them several times.
+        """
         memory = getattr(cache, "pruned_prompt", None)
-        if memory is not None and int(cache.get_seq_length()) == 0:
+        if memory is None:
+            return None
+        if int(cache.get_seq_length()) == 0:
             del cache.pruned_prompt  # it must not come back to life once the cache fills again
             return None
+        if memory.last_keys is not None and (now := memory._keys_of(cache)) is not None:
+            times = max(1, len(now) // len(memory.last_keys))
+            if not torch.equal(now, memory.last_keys.to(now.device).repeat_interleave(times, dim=0)):
+                raise ValueError(
+                    "The rows of past_key_values were reordered or selected since their prompts were pruned. Continue "
+                    "with all rows in their order (each may be repeated), or start with a new cache."
+                )
         return memory
+
+    def attach(self, cache) -> None:
+        """Keep this on the cache that it describes."""
+        self.last_keys = self._keys_of(cache)
+        cache.pruned_prompt = self
+
+    def _keys_of(self, cache) -> torch.Tensor | None:
+        """`(rows, head_dim)`: what the last layer holds of the last entry; None where entries move or are encoded."""
+        layer, last = cache.layers[-1], self.mask.shape[1] - 1
+        keys = getattr(layer, "keys", None)
+        if layer.is_sliding or keys is None or keys.ndim != 4 or not 0 <= last < keys.shape[2]:
+            return None
+        return keys[:, 0, last].clone()
 
     @classmethod
     def empty(cls, batch: int, device) -> CachedPrompt:
