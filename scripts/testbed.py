@@ -46,7 +46,8 @@ class Example:
         images (`list[np.ndarray]`): `(height, width, 3)` uint8; a video's frames if `video`.
         labels (`list[np.ndarray]`): per image, what each 14-pixel patch shows, an index into `LABELS`.
         digits (`tuple[int, ...]`): the composition.
-        questions (`list[tuple[str, str, str]]`): kind, question, answer.
+        questions (`list[tuple[str, str, str]]`): kind, question, answer; what is evaluated.
+        lessons (`list[tuple[str, str, str]]`): more of them, for training only.
         video (`bool`): whether the images are frames.
         window (`tuple[int, int, int, int]`, *optional*): top, left, rows and columns, in patches, that hold all digits.
     """
@@ -55,6 +56,7 @@ class Example:
     labels: list[np.ndarray]
     digits: tuple[int, ...]
     questions: list[tuple[str, str, str]] = field(default_factory=list)
+    lessons: list[tuple[str, str, str]] = field(default_factory=list)
     video: bool = False
     window: tuple[int, int, int, int] | None = None
 
@@ -95,14 +97,17 @@ def _one_image(random, split, size, window) -> Example:
     boxes = _boxes(random, len(digits), size, window)
     glyphs = [_glyph(random, split, digit) for digit in digits]
     image, labels = _scene(random, split, size, [list(zip(glyphs, boxes))])
-    ordered = sorted(digits, key=lambda digit: -digit)
     questions = [
         ("which", "which digits are there?", " ".join(map(str, digits))),
         ("count", "how many digits are there?", str(len(digits))),
         ("leftmost", "which digit is leftmost?", str(digits[0])),
-        ("largest", "which digit is largest?", str(ordered[0])),
+        ("largest", "which digit is largest?", str(max(digits))),
     ]
-    return Example(image, labels, digits, questions, window=window)
+    lessons = [
+        ("rightmost", "which digit is rightmost?", str(digits[-1])),
+        ("smallest", "which digit is smallest?", str(min(digits))),
+    ]
+    return Example(image, labels, digits, questions, lessons, window=window)
 
 
 def _several_images(random, split, size, window) -> Example:
@@ -129,7 +134,10 @@ def _several_images(random, split, size, window) -> Example:
          "yes" if digits[first] == digits[second] else "no"),
         ("shown", f"which digit is in image {asked + 1}?", str(digits[asked])),
     ]  # fmt: skip
-    return Example(images, labels, tuple(digits), questions, window=window)
+    lessons = [
+        ("shown", f"which digit is in image {place + 1}?", str(digits[place])) for place in range(3) if place != asked
+    ]
+    return Example(images, labels, tuple(digits), questions, lessons, window=window)
 
 
 def _video(random, split, size, window) -> Example:
@@ -155,7 +163,12 @@ def _video(random, split, size, window) -> Example:
         ("last", "which digit comes last?", str(digits[-1])),
         ("frames", "how many frames show a digit?", str(shown)),
     ]
-    return Example(images, labels, digits, questions, video=True, window=window)
+    lessons = []
+    for place in random.choice(FRAMES, 2, replace=False):
+        step = int(place) - start
+        seen = str(digits[int(step >= change)]) if 0 <= step < shown else "none"
+        lessons.append(("frame", f"which digit is in frame {place + 1}?", seen))
+    return Example(images, labels, digits, questions, lessons, video=True, window=window)
 
 
 def crowd(random: np.random.Generator, split: str, side: int) -> Example:
@@ -403,11 +416,12 @@ def _decoy_shapes() -> dict[str, list[np.ndarray]]:
 
 def vocabulary() -> list[str]:
     """Every token of the testbed's language: words of its questions and answers, and of the probing question."""
-    words = set("user assistant system : ? . , yes no image images video none one a photo word".split())
+    words = set("user assistant system : ? . , yes no image images video none one a photo word frame".split())
     words |= {str(digit) for digit in range(10)}
     random = np.random.default_rng(0)
     for kind in ("image", "images", "video"):
-        for _, question, answer in example(random, kind, "train", (168, 168)).questions:
+        drawn = example(random, kind, "train", (168, 168))
+        for _, question, answer in drawn.questions + drawn.lessons:
             words |= set(_split_words(question)) | set(_split_words(answer))
     words |= set(_split_words(PROMPT))
     return [*tiny_checkpoint.SPECIALS, "<unk>", *sorted(words)]
