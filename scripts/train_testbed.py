@@ -1,6 +1,8 @@
 """Train a testbed model from scratch, on a CPU, in three stages:
 
-1. `tower`: the vision tower alone, on squares full of digits and decoys, names what each patch shows and what [cls] sees.
+1. `tower`: the vision tower alone, on squares full of digits and decoys, names what each patch shows and its colour;
+   [cls] names the decoys, not the digits, as a caption of a scene leaves small print out. So the tower knows, and attends
+   to, much that no question asks about.
 2. `answer`: the tower frozen, projector and language model learn the questions, on whole images.
 3. `window` (an option): the same, on images of which the language model is given a window of varying size that holds all
    digits, so that it has seen visual sequences of many lengths, as any-resolution inputs give them.
@@ -59,12 +61,13 @@ class Trainer:
         look_at_neighbours(self.model.model.vision_tower, vision)
         # Auxiliary heads of the first stage, thrown away.
         self.patch_head = torch.nn.Linear(vision.hidden_size, len(LABELS))
-        self.image_head = torch.nn.Linear(vision.hidden_size, len(LABELS))
+        self.colour_head = torch.nn.Linear(vision.hidden_size, 3)
+        self.scene_head = torch.nn.Linear(vision.hidden_size, len(LABELS) - BACKDROP - 1)
         self.tokenizer = testbed.tokenizer()
         self.spent = 0.0  # CPU seconds, over restarts
 
     def parts(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList([self.model, self.patch_head, self.image_head])
+        return torch.nn.ModuleList([self.model, self.patch_head, self.colour_head, self.scene_head])
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,19 +148,22 @@ class Trainer:
         outputs = self.model.model.vision_tower(pixels, output_hidden_states=True)
         tokens = outputs.hidden_states[self.model.config.vision_feature_layer]
         clip = outputs.get("pooler_output") is not None
-        logits = self.patch_head(tokens[:, 1:] if clip else tokens).float()
+        patches = tokens[:, 1:] if clip else tokens
+        logits, colours = self.patch_head(patches).float(), self.colour_head(patches).float()
         weight = torch.ones(len(LABELS))
         weight[BACKDROP] = 0.1
         # Decoys matter to the tower, as every object does to CLIP, but half as much: it is small.
         weight[BACKDROP + 1 :] = 0.5
-        patches = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
-        shown = torch.zeros(len(scenes), len(LABELS)).scatter_(1, labels, 1.0)
-        summary = self.image_head(outputs.pooler_output if clip else tokens.mean(1)).float()
-        whole = F.binary_cross_entropy_with_logits(summary, shown)
+        named = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
+        coloured = F.mse_loss(colours, F.avg_pool2d(pixels, PATCH).flatten(2).transpose(1, 2))
+        shown = torch.zeros(len(scenes), len(LABELS)).scatter_(1, labels, 1.0)[:, BACKDROP + 1 :]
+        summary = self.scene_head(outputs.pooler_output if clip else tokens.mean(1)).float()
+        seen = F.binary_cross_entropy_with_logits(summary, shown)
         right, digit = logits.argmax(-1) == labels, labels < 10
         return {
-            "loss": patches + whole,
+            "loss": named + 0.5 * coloured + seen,
             "digit_patches": right[digit].float().mean().item(),
+            "colour_error": coloured.item(),
             "decoy_patches": right[labels > BACKDROP].float().mean().item(),
         }
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import quickstart
 from benchmark_prefill import transcription
-from transformers_rbl.evaluation.plots import dim_dropped, kept_grids
+from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_retentions
 from transformers_rbl.pruning import max_cosine
 
 
@@ -83,3 +83,18 @@ def test_the_transcription_that_scoring_is_timed_against_is_the_same_arithmetic(
     expected = max_cosine(tokens, torch.nn.functional.normalize(prototypes, dim=-1))
     for tiles in (1, 5):
         torch.testing.assert_close(transcription(tokens, prototypes, tiles), expected)
+
+
+def test_pictures_of_several_retentions_and_of_frames(tmp_path):
+    photos = [Image.new("RGB", (40, 20), "white"), Image.new("RGB", (20, 20), "white")]
+    kinds = [torch.tensor([0] * 4 + [1, 1, 1, 1, 2] * 2), torch.tensor([1, 1, 1, 1])]
+    masks = [[torch.ones(len(kind), dtype=torch.bool) for kind in kinds], [kind == 2 for kind in kinds]]
+    plot_retentions(photos, masks, kinds, ["all", "none"], tmp_path / "photos.png")
+    pixels = np.asarray(Image.open(tmp_path / "photos.png").convert("L"))
+    bright = [(part > 200).mean() for part in np.array_split(pixels, 3, axis=1)]
+    assert bright[0] == pytest.approx(bright[1], abs=0.05) and bright[2] < bright[1] - 0.2  # only the last is dimmed
+    video = torch.tensor([True] * 4 + [False] * 4 + [True])
+    plot_frames(photos, [video], ["some"], tmp_path / "frames.png")
+    assert Image.open(tmp_path / "frames.png").size[1] > 400
+    with pytest.raises(ValueError, match="3 frames"):
+        plot_frames([*photos, photos[0]], [video], ["some"], tmp_path / "no.png")

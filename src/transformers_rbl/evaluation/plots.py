@@ -70,6 +70,65 @@ def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -
     figure.savefig(path, dpi=110)
 
 
+def plot_retentions(images, keep_masks, kinds, labels: list[str], path: str | os.PathLike) -> None:
+    """Write one row a photo: as it is, then what each setting keeps of it (of its tiles, where it has them).
+
+    Args:
+        images (`list[PIL.Image.Image]`), kinds (`list[torch.LongTensor]`): per image, see [`plot_kept`].
+        keep_masks (`list[list[torch.BoolTensor]]`): per setting, per image.
+        labels (`list[str]`): per setting.
+        path (`str` or `os.PathLike`): the picture to write.
+    """
+    rows = []
+    for number, image in enumerate(images):
+        row = [("photo", image)]
+        for label, masks in zip(labels, keep_masks, strict=True):
+            grids = kept_grids(masks[number], kinds[number])
+            grid = grids.get("tiles", grids["base"])
+            row.append((f"{label}: {int(grid.sum())} of {grid.size}", dim_dropped(image, grid)))
+        rows.append(row)
+    _write_pictures(rows, path)
+
+
+def plot_frames(frames, keep_masks, labels: list[str], path: str | os.PathLike) -> None:
+    """Write a video's frames, and below them what each setting keeps of each.
+
+    Args:
+        frames (`list[PIL.Image.Image]`): of one video.
+        keep_masks (`list[torch.BoolTensor]`): per setting, its `(L,)` entry of `outputs.video_keep_masks`.
+        labels (`list[str]`): per setting.
+        path (`str` or `os.PathLike`): the picture to write.
+
+    Raises:
+        ValueError: if a mask is not of so many frames of square grids and one row end.
+    """
+    rows = [[(f"frame {number + 1}", frame) for number, frame in enumerate(frames)]]
+    for label, mask in zip(labels, keep_masks, strict=True):
+        side = round(((len(mask) - 1) / len(frames)) ** 0.5)
+        if len(mask) != len(frames) * side**2 + 1:
+            raise ValueError(f"A mask of {len(mask)} tokens is not of {len(frames)} frames of square grids.")
+        grids = mask[:-1].cpu().view(len(frames), side, side).numpy()
+        rows.append(
+            [(f"{label}: {grid.sum()} of {grid.size}", dim_dropped(frame, grid)) for frame, grid in zip(frames, grids)]
+        )
+    _write_pictures(rows, path)
+
+
+def _write_pictures(rows: list[list[tuple[str, Image.Image]]], path: str | os.PathLike) -> None:
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.4 * columns, 2.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flatten():
+        axis.axis("off")
+    for line, row in zip(axes, rows):
+        for axis, (title, picture) in zip(line, row):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
 def plot_accuracy(results, path: str | os.PathLike, metric: str | None = None) -> None:
     """Write accuracy against retention: a line a score, with 95% intervals, and the unpruned model as a dashed line.
 
