@@ -2,8 +2,8 @@
 
 python scripts/compare_rules.py MODEL --kind image --codebook codebook=FOLDER --out results.json
 
-Beside the rules that the library has, this compares with three that it does not offer: the vision tower's [cls] attention,
-an oracle that knows where the digits are, and codebooks of tokens that were not selected at all.
+Beside the rules that the library has, this compares with three that it does not offer: the vision tower's [cls]
+attention, an oracle that knows where the digits are, and codebooks of tokens that were not selected at all.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _lay_out(values: torch.Tensor, example: Example, group: torch.Tensor) -> tor
 
 
 def _digits(family: str, example: Example, centres: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Share of each token's patches that a digit touches: a token of a base image or of a pooled frame covers several."""
+    """Share of each token's patches that a digit touches: one of a base image or of a pooled frame covers several."""
     found = torch.zeros(len(centres))
     rows, columns = example.labels[0].shape
     side = TILE[family] // PATCH
@@ -174,6 +174,11 @@ def oracle(encoded: Encoded) -> torch.Tensor:
     """Tokens that touch a digit first, those with more of it before others; ties by chance."""
     noise = torch.rand(len(encoded.tokens), generator=torch.Generator().manual_seed(0))
     return -encoded.digit + 0.01 * noise
+
+
+def touched(encoded: Encoded) -> float:
+    """Share of an example's tokens that a digit touches."""
+    return float((encoded.digit[encoded.group >= 0] > 0).float().mean())
 
 
 def unselected_codebooks(train: list[Encoded], count: int, seed: int = 0) -> dict[str, RedundancyCodebook]:
@@ -259,7 +264,7 @@ def main(
         "model": model.name, "family": family, "kind": kind, "split": split, "examples": count, "seed": seed,
         "questions": [name for name, _, _ in encoded[0].example.questions],
         "visual_tokens": round(float(np.mean([int((item.group >= 0).sum()) for item in encoded])), 1),
-        "digit_tokens": round(float(np.mean([float((item.digit[item.group >= 0] > 0).float().mean()) for item in encoded])), 4),
+        "digit_tokens": round(float(np.mean([touched(item) for item in encoded])), 4),
         "prototypes": {name: len(book.prototypes) for name, book in books.items()},
         "seconds": round(time.perf_counter() - began),
     }  # fmt: skip

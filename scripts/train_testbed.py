@@ -1,11 +1,11 @@
 """Train a testbed model from scratch, on a CPU, in three stages:
 
 1. `tower`: the vision tower alone, on squares full of digits and decoys, names what each patch shows and its colour;
-   [cls] names the decoys, not the digits, as a caption of a scene leaves small print out. So the tower knows, and attends
-   to, much that no question asks about.
+   [cls] names the decoys, not the digits, as a caption of a scene leaves small print out. So the tower knows, and
+   attends to, much that no question asks about.
 2. `answer`: the tower frozen, projector and language model learn the questions, on whole images.
-3. `window` (an option): the same, on images of which the language model is given a window of varying size that holds all
-   digits, so that it has seen visual sequences of many lengths, as any-resolution inputs give them.
+3. `window` (an option): the same, on images of which the language model is given a window of varying size that holds
+   all digits, so that it has seen visual sequences of many lengths, as any-resolution inputs give them.
 
 python scripts/train_testbed.py outputs/testbed-next --family llava_next --seed 0
 
@@ -44,8 +44,12 @@ class Stage:
 
 STAGES = {
     "llava": (Stage("tower", 900, 1e-3, 32), Stage("answer", 900, 1e-3, 32), Stage("window", 400, 6e-4, 32)),
-    "llava_next": (Stage("tower", 550, 1e-3, 48), Stage("answer", 1200, 1e-3, 24), Stage("window", 300, 6e-4, 24)),
-    "llava_onevision": (Stage("tower", 650, 1e-3, 32), Stage("answer", 1200, 1e-3, 16), Stage("window", 300, 6e-4, 16)),
+    "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1000, 1e-3, 24), Stage("window", 300, 6e-4, 24)),
+    "llava_onevision": (
+        Stage("tower", 1000, 1e-3, 48),
+        Stage("answer", 1500, 1e-3, 24),
+        Stage("window", 300, 6e-4, 24),
+    ),
 }
 SAVE_EVERY = 100  # steps
 
@@ -103,7 +107,11 @@ class Trainer:
         for step in tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name):
             random = np.random.default_rng([self.seed, number, step])  # data by step: a restart draws the same
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses = self._tower_loss(random, stage) if tower else self._answer_loss(random, stage, step < 0.3 * stage.steps)
+                losses = (
+                    self._tower_loss(random, stage)
+                    if tower
+                    else self._answer_loss(random, stage, step < 0.3 * stage.steps)
+                )
                 loss = losses.pop("loss")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -172,10 +180,10 @@ class Trainer:
     def _answer_loss(self, random, stage: Stage, early: bool) -> dict:
         kinds = testbed.KINDS[self.family]
         kind = kinds[int(random.integers(len(kinds)))]
-        shares = (0, 0, 0, 1.0)
+        grid = (1, 1)
         if self.family == "llava_next":  # small images first: they cost less, and teach the digits
-            shares = (0.1, 0.1, 0.1, 0.7) if stage.name == "answer" and early else testbed.GRID_SHARES
-        grid = testbed.GRIDS[int(random.choice(4, p=shares))]
+            shares = (0.2, 0.1, 0.7) if stage.name == "answer" and early else testbed.GRID_SHARES
+            grid = testbed.GRIDS[int(random.choice(3, p=shares))]
         size = (grid[0] * TILE[self.family], grid[1] * TILE[self.family])
         batch = [testbed.example(random, kind, "train", size, stage.name == "window") for _ in range(stage.batch)]
         for example in batch:
@@ -318,6 +326,11 @@ def look_at_neighbours(tower, config, scale: float = 2.0) -> None:
     waves = [torch.stack([(v[..., None] * frequencies).cos(), (v[..., None] * frequencies).sin()], -1) for v in (y, x)]
     table = torch.cat([wave.flatten(-2) for wave in waves], -1).flatten(0, 1)
     size = table.shape[1]
+    if config.model_type.startswith("siglip"):  # its own initial values drown these: CLIP's scale instead
+        tower.embeddings.position_embedding.weight.normal_(std=0.02)
+        for layer in tower.encoder.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                part.weight.normal_(std=0.036)
     tower.embeddings.position_embedding.weight[-(side**2) :, :size] = 0.7 * table
     straight, diagonal = [(0, 1), (0, -1), (1, 0), (-1, 0)], [(1, 1), (1, -1), (-1, 1), (-1, -1)]
     for layer, offsets in zip(tower.encoder.layers, (straight, diagonal, straight)):

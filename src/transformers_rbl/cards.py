@@ -1,4 +1,4 @@
-"""The card that a codebook's Hub repository opens with."""
+"""The cards that Hub repositories of codebooks and of pruned models open with."""
 
 from __future__ import annotations
 
@@ -7,36 +7,91 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 
-def codebook_card(codebook, repo_id: str = "path/to/this/codebook") -> ModelCard:
+def model_card(
+    model, repo_id: str = "path/to/this/model", with_code: bool = False, license: str | None = None, tags=None
+) -> ModelCard:
+    """What a pruned model is, how it is set, and how to use it.
+
+    Args:
+        model ([`RBLMixin`]): its config and codebook are told of; nothing is made up.
+        repo_id (`str`): where the snippets load it from.
+        with_code (`bool`): whether the repository holds the code that loads it.
+        license (`str`, *optional*): of the weights.
+        tags (`list[str]`, *optional*): beside the card's own.
+
+    Returns:
+        `huggingface_hub.ModelCard`, with YAML metadata.
+    """
+    base, pruning, codebook = model.config.base_model, model.pruning, model.base_model.codebook
+    data = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="image-text-to-text", license=license,
+        tags=["visual-token-pruning", "transformers_rbl", "llava", *(tags or ())],
+    )  # fmt: skip
+    rows = [("base model", base or "not recorded")]
+    if pruning is None or not pruning.enabled:
+        rows.append(("pruning", "off: give `pruning=PruningConfig(…)` per call"))
+    else:
+        settings = {name: value for name, value in pruning.to_dict().items() if value is not None and name != "enabled"}
+        rows += [(name, str(value)) for name, value in settings.items()]
+        if pruning.keep_ratio is not None:
+            rows.append(("retention", f"{pruning.keep_ratio:.0%} of an image's visual tokens, row ends aside"))
+    if codebook is not None:
+        rows += [(f"codebook: {name}", value) for name, value in _codebook_rows(codebook) if name != "base model"]
+    code = f"""import transformers_rbl  # teaches transformers the model type: pip install transformers_rbl
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}", dtype="auto")
+processor = AutoProcessor.from_pretrained("{repo_id}")"""
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+{f"[{base}](https://huggingface.co/{base})" if base else "A LLaVA model"} whose language model sees only the visual
+tokens that say something: tokens that look like a prototype of its codebook leave the prompt
+([arXiv 2503.20540](https://arxiv.org/abs/2503.20540)). Weights, codebook and settings are all here.
+
+| | |
+| --- | --- |
+{_table(rows)}
+
+```python
+{code}
+```
+"""
+    if with_code:
+        text += f"""
+Without the package, by the code in this repository:
+
+```python
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+"""
+    return ModelCard(text)
+
+
+def codebook_card(codebook, repo_id: str = "path/to/this/codebook", license: str | None = None) -> ModelCard:
     """What the codebook is, what made it, and how to use it.
 
     Args:
         codebook ([`RedundancyCodebook`]): whatever it knows of itself is told; nothing is made up.
         repo_id (`str`): where the snippet loads it from.
+        license (`str`, *optional*): for the metadata.
 
     Returns:
         `huggingface_hub.ModelCard`, with YAML metadata.
     """
     base = codebook.base_model
     data = ModelCardData(
-        base_model=base, library_name="transformers_rbl", tags=["visual-token-pruning", "redundancy-codebook", "llava"]
-    )
-    count, width = codebook.prototypes.shape
-    rows = [("prototypes", f"{count} x {width}, float32"), ("base model", base or "not recorded")]
-    setting = _setting(codebook)
-    rows.append(("recommended setting", setting.replace("=", " ") if setting else "none: measure your own"))
+        base_model=base, library_name="transformers_rbl", license=license,
+        tags=["visual-token-pruning", "redundancy-codebook", "llava"],
+    )  # fmt: skip
     built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
-    images, source = built.get("images", {}), built.get("source", {})
-    if {"probed", "source"} <= images.keys():
-        rows.append(("built from", f"{images['probed']} images of {images['source']}"))
-    if "words" in built:
-        words = ", ".join(f"{word!r} ({times})" for word, times in list(built["words"].items())[:5])
-        rows.append(("shown a prototype alone, the model says", words))
-    if {"file", "sha256"} <= source.keys():
-        rows.append(("converted from", f"{source['file']}, sha256 {source['sha256']}"))
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     model = base or "path/to/the/model"
-    argument = setting or "keep_ratio=0.2"
+    argument = _setting(codebook) or "keep_ratio=0.2"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -48,7 +103,7 @@ before the language model sees them ([arXiv 2503.20540](https://arxiv.org/abs/25
 
 | | |
 | --- | --- |
-{table}
+{_table(_codebook_rows(codebook))}
 
 ```python
 from transformers_rbl import rbl_class
@@ -63,6 +118,27 @@ model = rbl_class("{model}").from_pretrained("{model}", codebook="{repo_id}", {a
             "\nThe recipe is in `codebook.json`, where each prototype comes from in `provenance.csv`, if it is there.\n"
         )
     return ModelCard(text)
+
+
+def _codebook_rows(codebook) -> list[tuple[str, str]]:
+    count, width = codebook.prototypes.shape
+    rows = [("prototypes", f"{count} x {width}, float32"), ("base model", codebook.base_model or "not recorded")]
+    setting = _setting(codebook)
+    rows.append(("recommended setting", setting.replace("=", " ") if setting else "none: measure your own"))
+    built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
+    images, source = built.get("images", {}), built.get("source", {})
+    if {"probed", "source"} <= images.keys():
+        rows.append(("built from", f"{images['probed']} images of {images['source']}"))
+    if "words" in built:
+        words = ", ".join(f"{word!r} ({times})" for word, times in list(built["words"].items())[:5])
+        rows.append(("shown a prototype alone, the model says", words))
+    if {"file", "sha256"} <= source.keys():
+        rows.append(("converted from", f"{source['file']}, sha256 {source['sha256']}"))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
 
 
 def _setting(codebook) -> str | None:

@@ -220,9 +220,10 @@ class RedundancyCodebook(nn.Module):
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str = "Upload codebook",
+        license: str | None = None,
     ):
         """Upload the codebook to a model repository on the Hub, made if missing, with a card unless it has one.
-        Arguments as in `HfApi.upload_folder`.
+        Arguments as in `HfApi.upload_folder`; `license` is for the card.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -232,7 +233,7 @@ class RedundancyCodebook(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             if not api.file_exists(repo_id, "README.md", revision=revision):
-                codebook_card(self, repo_id).save(Path(folder, "README.md"))
+                codebook_card(self, repo_id, license).save(Path(folder, "README.md"))
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -22,7 +22,7 @@ class RBLGenerationMixin(RBLMixin):
     def __init_subclass__(cls, stock=None, headless=None, **kwargs):
         super().__init_subclass__(stock=stock, **kwargs)
         if stock is not None:
-            cls.headless = headless
+            cls.headless, cls.full, headless.full = headless, cls, cls
             cls.generate = with_pruning(stock.generate, RBLGenerationMixin._generate)
             for name in ("get_image_features", "get_video_features"):
                 if hasattr(stock, name):

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import logging
 
 from .codebook import RedundancyCodebook
+from .hub import auto_map, copy_code, push_model
 from .loading import check_base_model, inherit_key_conversion, missing_weights
 from .prompt import CachedPrompt, PromptPlan, check_placeholders, scatter_to_prompt
 from .pruning import PruningConfig
@@ -82,6 +83,7 @@ class RBLMixin:
         threshold: float | None = None,
         pruning: PruningConfig | dict | None = None,
         check_base: bool = True,
+        codebook_revision: str | None = None,
         **kwargs,
     ):
         """Load a stock checkpoint with a codebook, or a checkpoint that this class saved.
@@ -90,12 +92,14 @@ class RBLMixin:
             pretrained_model_name_or_path (`str` or `os.PathLike`): as in transformers.
             codebook ([`RedundancyCodebook`], `str` or `os.PathLike`, *optional*): the object, a folder or a Hub id;
                 replaces the checkpoint's own.
-            keep_ratio, threshold (`float`, *optional*): one of them, in place of the saved setting. Without either, a
+            keep_ratio, threshold (`float`, *optional*): one of them, in place of all saved settings. Without either, a
                 new codebook's recommended setting is used (its keep ratio first).
             pruning ([`PruningConfig`] or `dict`, *optional*): all settings at once, in place of
                 `keep_ratio`/`threshold`.
             check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
-            kwargs: everything that transformers' `from_pretrained` takes.
+            codebook_revision (`str`, *optional*): branch, tag or commit of the codebook's repository.
+            kwargs: everything that transformers' `from_pretrained` takes; `token`, `cache_dir`, `local_files_only` and
+                `force_download` hold for the codebook too.
 
         Raises:
             ValueError: for settings or a codebook that do not fit, and if the checkpoint lacks a weight that the
@@ -106,7 +110,11 @@ class RBLMixin:
         elif keep_ratio is not None or threshold is not None:
             raise ValueError("Give either pruning=PruningConfig(…) or keep_ratio=/threshold=, not both.")
         if codebook is not None and not isinstance(codebook, RedundancyCodebook):
-            codebook = RedundancyCodebook.from_pretrained(codebook)
+            names = ("token", "cache_dir", "local_files_only", "force_download")
+            shared = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            codebook = RedundancyCodebook.from_pretrained(codebook, revision=codebook_revision, **shared)
+        elif codebook_revision is not None:
+            raise ValueError("codebook_revision belongs to a codebook from the Hub: give codebook= its id.")
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
             kwargs["config"] = cls.config_class.from_dict(
@@ -148,6 +156,48 @@ class RBLMixin:
         if pruning is not None:
             self.pruning = pruning
         self._active_pruning(None)  # saved settings that are broken, or lack their codebook, end here
+
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
+        """As in transformers: weights, codebook and settings.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): made if missing.
+            with_code (`bool`, defaults to `False`): write this library's inference files too, so that a machine without
+                it loads the model with `trust_remote_code=True`.
+            kwargs: everything that transformers' `save_pretrained` takes.
+        """
+        if with_code:
+            self.config.auto_map = auto_map(self.full)
+        elif not self.is_remote_code() and getattr(self.config, "auto_map", None):
+            del self.config.auto_map  # of the checkpoint it was loaded from; this one has no code
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if with_code:
+            copy_code(self.full, save_directory)
+        return saved
+
+    def push_to_hub(
+        self, repo_id: str, *, processor=None, with_code: bool = False, license: str | None = None,
+        commit_message: str | None = None, commit_description: str | None = None, private: bool | None = None,
+        token: bool | str | None = None, revision: str | None = None, create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB", tags: list[str] | None = None,
+    ):  # fmt: skip
+        """Upload weights, codebook and settings to one repository, made if missing, with a card unless it has one.
+
+        Args:
+            repo_id (`str`): e.g. `"org/llava-next-rbl"`.
+            processor (`ProcessorMixin`, *optional*): uploaded with it, so that `pipeline` works on the repository.
+            with_code (`bool`, defaults to `False`): see [`~RBLMixin.save_pretrained`].
+            license (`str`, *optional*): for the card; that of the base model, as a rule.
+            tags (`list[str]`, *optional*): for the card, beside its own.
+            others: as in transformers.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return push_model(
+            self, repo_id, processor, with_code, license, private, token, revision, create_pr, commit_message,
+            commit_description, max_shard_size, tags,
+        )  # fmt: skip
 
     @property
     def pruning(self) -> PruningConfig | None:

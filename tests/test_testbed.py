@@ -1,0 +1,129 @@
+"""The trained testbed: what its splits keep apart, that training sees what processors give, and that it resumes."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import testbed
+import tiny_checkpoint
+import train_testbed
+from testbed import BACKDROP, KINDS, SPLITS, TILE
+from train_testbed import Stage, Trainer, inside, token_centres, visual_inputs
+
+
+EVERY = [(family, kind) for family, kinds in KINDS.items() for kind in kinds]
+
+
+def test_splits_share_no_glyph_no_photo_column_and_no_composition():
+    images = load_digits().images
+    pictures = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        for digit, indices in testbed.glyph_indices(split).items():
+            assert len(indices) >= 8, (split, digit)
+            pictures[split] |= {images[index].tobytes() for index in indices}
+    assert sum(map(len, pictures.values())) == len({image.tobytes() for image in images})
+    assert not any(a & b for a, b in itertools.combinations(pictures.values(), 2))
+
+    columns = [testbed.photo_columns(split) for split in SPLITS]
+    assert columns[0][0] == 0 and columns[-1][1] == 1
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(columns))
+
+    sequences = [digits for count in (2, 3) for digits in itertools.product(range(10), repeat=count)]
+    owners = [[split for split in SPLITS if testbed.belongs(digits, split)] for digits in sequences]
+    assert all(len(owner) == 1 for owner in owners)
+    assert {split: owners.count([split]) > 50 for split in SPLITS} == dict.fromkeys(SPLITS, True)
+
+
+@pytest.mark.parametrize("family, kind", EVERY)
+@pytest.mark.parametrize("split", SPLITS)
+def test_examples_stay_in_their_split_and_among_decoys(family, kind, split):
+    drawn = list(testbed.examples(family, kind, split, 20, 5))
+    again = list(testbed.examples(family, kind, split, 20, 5))
+    salient = []
+    for example, same in zip(drawn, again, strict=True):
+        assert testbed.belongs(example.digits, split)
+        assert all(np.array_equal(a, b) for a, b in zip(example.images, same.images))
+        salient += [(label > BACKDROP).mean() for label in example.labels]
+        shown = {int(label) for labels in example.labels for label in labels.flatten() if label < 10}
+        assert shown == set(example.digits)
+    assert np.mean(salient) >= 0.30
+    others = [example for other in set(SPLITS) - {split} for example in testbed.examples(family, kind, other, 20, 5)]
+    assert not {e.digits for e in drawn if len(e.digits) > 1} & {e.digits for e in others}
+
+
+@pytest.mark.parametrize("family, kind", EVERY)
+def test_training_sees_what_the_processor_gives(family, kind):
+    processor = tiny_checkpoint.processor(testbed.config(family), testbed.tokenizer())
+    example = next(iter(testbed.examples(family, kind, "train", 1, 3)))
+    fast = visual_inputs(family, [example])
+    word = "<video>" if example.video else "<image>"
+    text = word * (1 if example.video else len(example.images))
+    given = {"videos": [np.stack(example.images)]} if example.video else {"images": [example.pictures()]}
+    stock = processor(text=[text], return_tensors="pt", **given)
+    for name, value in fast.items():
+        expected = torch.as_tensor(stock[name])
+        # The base image is scaled by another library: one level of 255 apart at most.
+        assert torch.allclose(torch.as_tensor(value).float(), expected.float(), atol=0.016), name
+    model = tiny_checkpoint.FAMILIES[family](testbed.config(family)).eval()
+    tokens = train_testbed.encode(model, family, [example])[0]
+    id_ = tiny_checkpoint.VIDEO if example.video else tiny_checkpoint.IMAGE
+    assert len(tokens) == len(token_centres(family, example)) == int((stock.input_ids == id_).sum())
+
+
+@pytest.mark.parametrize("family, kind", EVERY)
+def test_a_window_holds_all_digits(family, kind):
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        rows, columns = testbed.GRIDS[0] if family == "llava_next" else (1, 1)
+        example = testbed.example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
+        top, left, height, width = example.window
+        for labels in example.labels:
+            outside = labels.copy()
+            outside[top : top + height, left : left + width] = BACKDROP
+            assert not (outside < 10).any()
+        kept = inside(token_centres(family, example), example)
+        assert kept.sum() >= height * width / 4 and (height * width < labels.size) == (not kept.all())
+
+
+def test_every_word_of_a_question_is_known():
+    tokenizer = testbed.tokenizer()
+    for kind in ("image", "images", "video"):
+        for number in range(20):
+            example = testbed.example(np.random.default_rng(number), kind, "train", (168, 168))
+            for _, question, reply in example.questions + example.lessons:
+                assert tokenizer.unk_token_id not in tokenizer(f"{question} {reply}").input_ids
+    assert tokenizer.decode(tokenizer("3 7").input_ids) == "3 7"
+
+
+def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_testbed, "SAVE_EVERY", 2)
+    stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4))
+    whole = Trainer("llava_next", 0, tmp_path / "whole", stages)
+    whole.run()
+
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def dies(random, stage, early):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return Trainer._answer_loss(killed, random, stage, early)
+
+    killed = Trainer("llava_next", 0, tmp_path / "killed", stages)
+    killed._answer_loss = dies
+    with pytest.raises(Killed):
+        killed.run()
+    resumed = Trainer("llava_next", 0, tmp_path / "killed", stages)
+    resumed.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    other = Trainer("llava_next", 1, tmp_path / "other", ())
+    assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight)
+    assert not (tmp_path / "killed" / "state.pt").exists()
+    assert (tmp_path / "killed" / "answer" / "model.safetensors").exists()
