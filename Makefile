@@ -1,6 +1,6 @@
 VENV ?= .venv
 PYTHON ?= python3
-.PHONY: quickstart codebook test
+.PHONY: quickstart codebook test docs
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python scripts/quickstart.py $(ARGS)
@@ -13,6 +13,9 @@ codebook: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -29,7 +29,8 @@ class RedundancyCodebook(nn.Module):
     """Prototypes of redundant visual tokens in a language model's embedding space (arXiv 2503.20540, section on
     inference).
 
-    The prototypes stay float32 whatever the rest of a model is cast to, so that kept sets do not depend on its dtype.
+    The prototypes stay float32 whatever the rest of a model is cast to: scores are float32, and only the tokens carry
+    the rounding of the model's dtype.
 
     Args:
         prototypes (`torch.Tensor` of shape `(n, d)`): floating point; finite, no zero rows.
