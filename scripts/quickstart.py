@@ -1,14 +1,12 @@
 """Ask a LLaVA model about photos, stock and pruned: both answers, visual tokens, KV cache, prefill time, and a
 picture.
 
-python scripts/quickstart.py                                    # a small random checkpoint, two real photos, no network
-python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio
-0.15
+python scripts/quickstart.py                  # the small trained checkpoint of this repository, no network
+python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio 0.15
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -22,42 +20,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
-import tiny_checkpoint
-from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
+import testbed
+from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.plots import plot_kept
 
 
 OFF = PruningConfig(enabled=False)
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers_rbl"
+# Trained by scripts/train_testbed.py on digits among decoys; its codebook is inside.
+DEFAULT = Path(__file__).resolve().parents[1] / "codebooks" / "digits-llava-next"
+DEFAULT_PROMPT, PROMPT = "which digits are there?", "What is shown in this image?"
 
 
-def default_checkpoint() -> Path:
-    """The small random checkpoint with a codebook in it, built on first use."""
-    folder = CACHE / "quickstart-2"
-    if not (folder / "codebook").exists():
-        tiny_checkpoint.build(folder, **tiny_checkpoint.QUICKSTART)
-        model = rbl_class(folder).from_pretrained(folder).eval()
-        flat_patches(model, AutoProcessor.from_pretrained(folder)).save_pretrained(folder / "codebook")
-    return folder
-
-
-def flat_patches(model, processor) -> RedundancyCodebook:
-    """Prototypes of empty image content for random weights: what the model makes of plain colours."""
-    colours = torch.randint(0, 256, (24, 3), generator=torch.Generator().manual_seed(0)).tolist()
-    images = [Image.new("RGB", (112, 112), tuple(colour)) for colour in colours]
-    inputs = processor.image_processor(images, return_tensors="pt")
-    with torch.no_grad():
-        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
-    tokens = torch.cat([feature[:-1:16] for feature in features])
-    return RedundancyCodebook(
-        tokens, recommended_keep_ratio=0.15, built_with={"data": "24 plain colours, random weights"}
-    )
-
-
-def sample_photos() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images
-
-    return [Image.fromarray(photo) for photo in load_sample_images().images]
+def held_out_images() -> list[Image.Image]:
+    """Two images of glyphs, photo regions and compositions that the default model never saw."""
+    return [example.pictures()[0] for example in testbed.examples("llava_next", "image", "test", 2, 11, (2, 1))]
 
 
 def build_inputs(processor, image, prompt: str, device):
@@ -98,12 +74,15 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
     if model_id is None:
         if codebook is not None:
             raise ValueError("--codebook belongs to a model: give --model too.")
-        model_id = default_checkpoint()
-        codebook = model_id / "codebook"
-        console.print(f"Random weights (every answer is noise, every figure is real): [bold]{model_id}[/bold]")
-    photos = [Image.open(path).convert("RGB") for path in images] if images else sample_photos()
+        model_id, prompt = DEFAULT, prompt or DEFAULT_PROMPT
+        console.print(f"A small model that was trained to read digits among decoys: [bold]{model_id}[/bold]")
+    elif not images:
+        raise ValueError("--image is missing: what shall the model look at?")
+    prompt = prompt or PROMPT
+    photos = [Image.open(path).convert("RGB") for path in images] if images else held_out_images()
+    dtype = "auto" if torch.cuda.is_available() else "float32"  # half precision is slow on most CPUs
     model = rbl_class(model_id).from_pretrained(
-        model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype="auto",
+        model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype=dtype,
     ).eval()  # fmt: skip
     if model.pruning is None:
         raise ValueError(
@@ -156,7 +135,7 @@ def main(
         str | None, typer.Option(help="Codebook: folder or Hub id; none for a saved RBL model.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A photo; repeat for more.")] = None,
-    prompt: Annotated[str, typer.Option(help="The question.")] = "What is shown in this image?",
+    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, in (0, 1].")] = None,
     threshold: Annotated[float | None, typer.Option(help="Keep tokens whose largest cosine is below this.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,

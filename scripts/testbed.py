@@ -325,14 +325,7 @@ def _boxes(random, count, size, window) -> list[tuple[int, int]]:
     while True:
         ys = CELL * (top + random.integers(0, height - side + 1, count))
         xs = CELL * np.sort(left + random.integers(0, width - side + 1, count))
-        pairs = itertools.combinations(range(count), 2)
-        clear = np.diff(xs).min(initial=PATCH) >= PATCH
-        whole = (ys // tile == (ys + GLYPH - 1) // tile).all()
-        if (
-            clear
-            and whole
-            and all(abs(ys[i] - ys[j]) >= GLYPH - 3 or abs(xs[i] - xs[j]) >= GLYPH - 3 for i, j in pairs)
-        ):
+        if np.diff(xs).min(initial=GLYPH) >= GLYPH and (ys // tile == (ys + GLYPH - 1) // tile).all():
             return [(int(y), int(x)) for y, x in zip(ys, xs)]
 
 

@@ -311,6 +311,34 @@ def calibrate(
 
 @app.command()
 @one_sentence
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder laid out as its repository, e.g. one of codebooks/.")],
+    repo: Annotated[str, typer.Argument(help="Hub id to publish it under; made if missing.")],
+    dry_run: Annotated[bool, typer.Option(help="List what would go, and stop.")] = False,
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
+    from .publish import files_to_publish
+    from .publish import publish as upload
+
+    table = Table(title=f"{folder} as {repo}")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for name, size in files_to_publish(folder):
+        table.add_row(name, f"{size:,}")
+    Console().print(table)
+    if dry_run:
+        Console().print("Nothing was uploaded.")
+        return
+    info = upload(folder, repo, private or None, None, revision, create_pr, message)
+    Console().print(f"[bold]{info.pr_url or info.commit_url}[/bold]")
+
+
+@app.command()
+@one_sentence
 def convert(
     source: Annotated[Path, typer.Argument(help="Upstream's .pt codebook.")],
     out: Annotated[Path, typer.Argument(help="Folder to write codebook.safetensors and codebook.json to.")],
@@ -334,6 +362,33 @@ def convert(
     table.add_row("repeated rows", f"{repeated}, {'left out' if drop_duplicates else 'kept'}")
     table.add_row("base model", base_model or "not given")
     Console().print(table)
+
+
+@app.command()
+@one_sentence
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Stock or pruned checkpoint: folder or Hub id. Default: codebooks/digits-llava-next."),
+    ] = None,
+    codebook: Annotated[str | None, typer.Option(help="Folder or Hub id; none for a pruned checkpoint.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images to pick from; prototypes' source images are found in it by name."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at; default this machine alone.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option(help="Ask gradio for a public address.")] = False,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """A page: stock and pruned answers side by side, what was kept, and why a patch was dropped."""
+    from .demo import launch, load_demo
+
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("The demo needs gradio: pip install transformers_rbl[demo].")
+    _check_dtype(dtype)
+    launch(load_demo(model, codebook, images, device, dtype), host, port, share)
 
 
 def _recipe(name: str | None, settings: list[str] | None, default: dict | None = None) -> Recipe:
