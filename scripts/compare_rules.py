@@ -40,6 +40,7 @@ class Encoded:
 
     Args:
         tokens (`torch.Tensor` of shape `(n, d)`): unpruned.
+        lengths (`list[int]`): how many of them each image has; a video counts as one.
         group (`torch.LongTensor` of shape `(n,)`): image or frame of each token, -1 for row ends.
         digit (`torch.FloatTensor` of shape `(n,)`): share of the token's patches that a digit touches.
         cls_similarity, cls_attention (`torch.FloatTensor` of shape `(n,)`, *optional*): for towers with a [cls] token.
@@ -47,6 +48,7 @@ class Encoded:
 
     example: Example
     tokens: torch.Tensor
+    lengths: list[int]
     group: torch.Tensor
     digit: torch.Tensor
     cls_similarity: torch.Tensor | None = None
@@ -101,7 +103,8 @@ def _encode(model, family: str, batch: list[Example]) -> list[Encoded]:
         assert len(centres) == len(tokens)
         group = _groups(family, example, centres)
         laid = {name: _lay_out(values[row], example, group) for name, values in measures.items()}
-        encoded.append(Encoded(example, tokens, group, _digits(family, example, centres, group), **laid))
+        lengths = [len(part) for part in features[row * parts : (row + 1) * parts]]
+        encoded.append(Encoded(example, tokens, lengths, group, _digits(family, example, centres, group), **laid))
     return encoded
 
 
@@ -225,7 +228,10 @@ def accuracy(model, tokenizer, encoded: list[Encoded], choose) -> tuple[torch.Te
     right = []
     for start in range(0, len(encoded), BATCH):
         part, kept = encoded[start : start + BATCH], masks[start : start + BATCH]
-        features = [item.tokens[mask] for item, mask in zip(part, kept)]
+        features = [
+            [tokens[mask] for tokens, mask in zip(item.tokens.split(item.lengths), mask.split(item.lengths))]
+            for item, mask in zip(part, kept)
+        ]
         right.append(answer(model, tokenizer, features, [item.example for item in part])[2])
     return torch.cat(right), shares
 

@@ -2,7 +2,7 @@
 picture.
 
 python scripts/quickstart.py                  # the small trained checkpoint of this repository, no network
-python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg --keep-ratio 0.15
+python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook org/book --image a.jpg
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ class Example:
     def pictures(self) -> list[Image.Image]:
         return [Image.fromarray(image) for image in self.images]
 
+    def captions(self) -> list[str]:
+        """What the prompt says before each image (before a video as a whole)."""
+        return [""] if self.video or len(self.images) == 1 else [f"image {n + 1}:" for n in range(len(self.images))]
+
 
 # What each testbed asks. `size` is the side of one tile.
 KINDS = {
@@ -101,14 +105,15 @@ def _one_image(random, split, size, window) -> Example:
     boxes = _boxes(random, len(digits), size, window)
     glyphs = [_glyph(random, split, digit) for digit in digits]
     image, labels = _scene(random, split, size, [list(zip(glyphs, boxes))])
-    questions = [
+    across = [digit for _, digit in sorted((x, digit) for (_, x), digit in zip(boxes, digits))]
+    questions = [  # digits are listed from top to bottom
         ("which", "which digits are there?", " ".join(map(str, digits))),
         ("count", "how many digits are there?", str(len(digits))),
-        ("leftmost", "which digit is leftmost?", str(digits[0])),
+        ("leftmost", "which digit is leftmost?", str(across[0])),
         ("largest", "which digit is largest?", str(max(digits))),
     ]
     lessons = [
-        ("rightmost", "which digit is rightmost?", str(digits[-1])),
+        ("rightmost", "which digit is rightmost?", str(across[-1])),
         ("smallest", "which digit is smallest?", str(min(digits))),
     ]
     return Example(image, labels, digits, questions, lessons, window=window)
@@ -319,13 +324,15 @@ def _in_cells(size, window) -> tuple[int, int, int, int]:
 
 
 def _boxes(random, count, size, window) -> list[tuple[int, int]]:
-    """Places `(y, x)` of digits, one wholly left of the next; none across two tiles."""
+    """Places `(y, x)` of digits, one wholly above the next, from left to right in any other order; none across two
+    tiles."""
     top, left, height, width = _in_cells(size, window)
     side, tile = GLYPH // CELL, size[1]
     while True:
-        ys = CELL * (top + random.integers(0, height - side + 1, count))
-        xs = CELL * np.sort(left + random.integers(0, width - side + 1, count))
-        if np.diff(xs).min(initial=GLYPH) >= GLYPH and (ys // tile == (ys + GLYPH - 1) // tile).all():
+        ys = CELL * np.sort(top + random.integers(0, height - side + 1, count))
+        xs = CELL * (left + random.integers(0, width - side + 1, count))
+        clear = np.diff(ys).min(initial=GLYPH) >= GLYPH and np.diff(np.sort(xs)).min(initial=PATCH) >= PATCH
+        if clear and (ys // tile == (ys + GLYPH - 1) // tile).all():
             return [(int(y), int(x)) for y, x in zip(ys, xs)]
 
 
@@ -504,8 +511,10 @@ def write_questions(
         names = [f"{number:05}-{place}.png" for place in range(len(drawn.images))]
         for name, picture in zip(names, drawn.pictures()):
             picture.save(folder / name)
+        images = " ".join(f"{caption} <image>".strip() for caption in drawn.captions())
         for kind, question, reply in drawn.questions:
-            lines.append(json.dumps({"image": names, "question": question, "answer": reply, "kind": kind}))
+            row = {"image": names, "question": f"{images} {question}", "answer": reply, "kind": kind}
+            lines.append(json.dumps(row))
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 

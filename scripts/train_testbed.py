@@ -190,8 +190,12 @@ class Trainer:
             example.questions += example.lessons
         features = encode(self.model, self.family, batch)
         if stage.name == "window":
-            centres = token_centres(self.family, batch[0])
-            features = [tokens[inside(centres, example)] for tokens, example in zip(features, batch)]
+            lengths = [len(tokens) for tokens in features[0]]
+            centres = token_centres(self.family, batch[0]).split(lengths)
+            features = [
+                [tokens[inside(place, example)] for tokens, place in zip(images, centres)]
+                for images, example in zip(features, batch)
+            ]
         loss, right, _ = answer(self.model, self.tokenizer, features, batch)
         return {"loss": loss, **{f"{kind} {name}": share.float().mean().item() for name, share in right.items()}}
 
@@ -227,14 +231,14 @@ def visual_inputs(family: str, batch: list[Example]) -> dict:
     return {"pixel_values": values.unflatten(0, pixels.shape[:2]), "image_sizes": sizes}
 
 
-def encode(model, family: str, batch: list[Example]) -> list[torch.Tensor]:
-    """Visual tokens `(n, d)` of each example, by the stock model's own code."""
+def encode(model, family: str, batch: list[Example]) -> list[list[torch.Tensor]]:
+    """Visual tokens `(n, d)` of each example's images, or of its video, by the stock model's own code."""
     inputs = visual_inputs(family, batch)
     if batch[0].video:
-        return list(model.model.get_video_features(**inputs, return_dict=True).pooler_output)
+        return [[video] for video in model.model.get_video_features(**inputs, return_dict=True).pooler_output]
     features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
     count = len(batch[0].images)
-    return [torch.cat(list(features[i : i + count])) for i in range(0, len(features), count)]
+    return [list(features[i : i + count]) for i in range(0, len(features), count)]
 
 
 def token_centres(family: str, example: Example) -> torch.Tensor:
@@ -266,7 +270,7 @@ def inside(centres: torch.Tensor, example: Example) -> torch.Tensor:
     return ~((centres < low) | (centres >= high)).any(1)
 
 
-def answer(model, tokenizer, features: list[torch.Tensor], batch: list[Example]):
+def answer(model, tokenizer, features: list[list[torch.Tensor]], batch: list[Example]):
     """Ask an example's questions side by side: they share its images and do not see each other (a mask of blocks).
 
     Returns:
@@ -274,9 +278,10 @@ def answer(model, tokenizer, features: list[torch.Tensor], batch: list[Example])
         would say); and the same `(batch, questions)`.
     """
     head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in ("<s>USER:", " ASSISTANT:"))
+    captions = [tokenizer(caption, add_special_tokens=False).input_ids for caption in batch[0].captions()]
     rows = []
-    for tokens, example in zip(features, batch):
-        prefix = len(head) + len(tokens)
+    for images, example in zip(features, batch):
+        prefix = len(head) + sum(map(len, captions)) + sum(map(len, images))
         ids, blocks, targets, positions = [], [0] * prefix, [-100] * prefix, list(range(prefix))
         for number, (_, question, reply) in enumerate(example.questions, start=1):
             asked = tokenizer(question).input_ids + tail
@@ -288,10 +293,13 @@ def answer(model, tokenizer, features: list[torch.Tensor], batch: list[Example])
         rows.append((ids, blocks, targets, positions))
     longest = max(len(blocks) for _, blocks, _, _ in rows)
     embed = model.get_input_embeddings()
-    start = embed(torch.tensor(head))
+    said = [embed(torch.tensor(words, dtype=torch.long)) for words in captions]
+    said[0] = torch.cat([embed(torch.tensor(head)), said[0]])
     embeds, block, target, position = [], *(torch.full((len(rows), longest), fill) for fill in (-1, -100, 0))
-    for row, (tokens, (ids, blocks, targets, positions)) in enumerate(zip(features, rows)):
-        embeds.append(F.pad(torch.cat([start, tokens, embed(torch.tensor(ids))]), (0, 0, 0, longest - len(blocks))))
+    for row, (images, (ids, blocks, targets, positions)) in enumerate(zip(features, rows)):
+        seen = [part for pair in zip(said, images, strict=True) for part in pair]
+        whole = torch.cat([*seen, embed(torch.tensor(ids))])
+        embeds.append(F.pad(whole, (0, 0, 0, longest - len(blocks))))
         for table, values in ((block, blocks), (target, targets), (position, positions)):
             table[row, : len(values)] = torch.tensor(values)
     mask = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])

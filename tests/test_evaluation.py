@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import tiny_checkpoint
 from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.calibrate import image_scores, lowest_retention, mean_retention, threshold_for
-from transformers_rbl.evaluation.evaluate import RuleResult, evaluate, table_rows
+from transformers_rbl.evaluation.evaluate import RuleResult, evaluate, prompt_inputs, table_rows
 from transformers_rbl.evaluation.metrics import (
     bootstrap_interval,
     choice,
@@ -264,3 +265,22 @@ def test_the_table_shows_shares_of_the_unpruned_model():
     assert dict(zip(columns, rows[0]))["exact, of unpruned"].startswith("100.0%")
     assert dict(zip(columns, rows[1]))["exact"].startswith("25.0% [")
     assert dict(zip(columns, rows[1]))["exact, of unpruned"].startswith("50.0% [")
+
+
+def test_images_stand_where_the_question_puts_them(family):
+    images, tokenizer = family.images(2), family.processor.tokenizer
+
+    def ids(text):
+        inputs = prompt_inputs(family.processor, Question(images, text, [""]), "", "cpu", torch.float32)
+        return inputs.input_ids[0].tolist()
+
+    def places(found):
+        return [place for place, id_ in enumerate(found) if id_ == tiny_checkpoint.IMAGE]
+
+    first, inside = ids("what?"), ids("one <image> two <image> what?")
+    assert len(places(first)) == len(places(inside))
+    between = tokenizer.decode(inside[places(inside)[0] : places(inside)[-1]], skip_special_tokens=True)
+    assert "two" in between and "one" not in between
+    assert "two" not in tokenizer.decode(first[: places(first)[-1]])
+    with pytest.raises(ValueError, match="3 times <image>, but comes with 2 images"):
+        ids("<image> <image> <image> what?")

@@ -143,9 +143,12 @@ def test_evaluation_of_batches_with_and_without_images(family, labelled, tmp_pat
             tmp_path, per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True,
             remove_unused_columns=False,
         )  # fmt: skip
-        seen = []
-        train = Trainer(
-            model, arguments, lambda rows: dict(batches[rows[0]]), compute_metrics=lambda p: seen.append(p) or {}
-        )
+        seen = {}
+
+        def metrics(prediction, seen=seen):
+            seen["tuple"] = isinstance(prediction.predictions, tuple)
+            return {}
+
+        train = Trainer(model, arguments, lambda rows: dict(batches[rows[0]]), compute_metrics=metrics)
         assert np.isfinite(train.evaluate(Two())["eval_loss"])
-        assert isinstance(seen[0].predictions, tuple) != full_length
+        assert seen["tuple"] != full_length

@@ -23,7 +23,7 @@ from transformers import AutoProcessor
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.building.images import READ_ERRORS, SUFFIXES
 from transformers_rbl.building.inspection import patch, provenance_of
-from transformers_rbl.evaluation.evaluate import OFF, _inputs
+from transformers_rbl.evaluation.evaluate import OFF, prompt_inputs
 from transformers_rbl.evaluation.explain import Explanation, explain
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids
 from transformers_rbl.evaluation.questions import Question
@@ -320,7 +320,7 @@ def ask(
     if any(token and token in question for token in special):
         raise ValueError("A question is plain text: take the image's placeholder out.")
     model, pruning = demo.model, pruning_of(demo, setting, value)
-    inputs = _inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
+    inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
     seconds, cache, output = measure(model, inputs, pruning, repeats)
     mask, kinds = output.keep_masks[0].cpu(), model.model.token_kinds(**inputs)[0]
     sides = []

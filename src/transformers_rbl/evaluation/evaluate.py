@@ -19,6 +19,7 @@ from .questions import Question
 
 OFF = PruningConfig(enabled=False)
 TIMED_QUESTIONS = 8
+PLACEHOLDER = "<image>"  # in a question's text: where its next image stands
 
 
 @dataclass
@@ -78,7 +79,7 @@ def evaluate(
     kept, whole, seconds, sizes = ([[] for _ in results] for _ in range(4))
     references = []
     for number, question in enumerate(questions):
-        inputs = _inputs(processor, question, suffix, model.device, model.dtype)
+        inputs = prompt_inputs(processor, question, suffix, model.device, model.dtype)
         text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         visual = {key: inputs[key] for key in inputs if key not in text}
         encoded = model.get_image_features(**visual, pruning=OFF, return_dict=True)
@@ -148,11 +149,33 @@ def write_results(folder: Path, results: list[RuleResult], references: list[list
     plot_accuracy(results, folder / "accuracy.png")
 
 
-def _inputs(processor, question: Question, suffix: str, device, dtype):
-    text = f"{question.text} {suffix}".strip()
-    content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": text}]
+def prompt_inputs(processor, question: Question, suffix: str, device, dtype):
+    """What a model takes to answer a question: its images first, or where `<image>` stands in its text.
+
+    Args:
+        processor (`ProcessorMixin`): the checkpoint's; its chat template makes the prompt, if it has one.
+        question ([`Question`]): images and text.
+        suffix (`str`): added to the text.
+        device, dtype: of the tensors; ids keep their own type.
+
+    Returns:
+        `BatchFeature` of one prompt.
+
+    Raises:
+        ValueError: if the text has placeholders, but not as many as images.
+    """
+    parts = f"{question.text} {suffix}".strip().split(PLACEHOLDER)
+    if len(parts) == 1:
+        parts = [""] * len(question.images) + parts
+    if len(parts) - 1 != len(question.images):
+        raise ValueError(
+            f"{question.text!r} has {len(parts) - 1} times {PLACEHOLDER}, but comes with {len(question.images)} images."
+        )
+    content = []
+    for number, part in enumerate(parts):
+        content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": part.strip()}] * bool(part.strip())
     if getattr(processor, "chat_template", None) is None:
-        prompt = "\n".join([processor.image_token] * len(question.images) + [text])
+        prompt = "\n".join(processor.image_token if item["type"] == "image" else item["text"] for item in content)
     else:
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

@@ -33,7 +33,8 @@ def read_questions(
         source (`str` or `os.PathLike`): a JSON Lines file (image paths relative to it), a folder that `save_to_disk`
             wrote, a folder of parquet files, or a dataset's Hub id.
         image (`str`): column or key with an image, or a list of them.
-        question, answer (`str`): columns; an answer may be a list of accepted ones.
+        question, answer (`str`): columns; `<image>` in a question says where its next image stands, without it they
+            come first; an answer may be a list of accepted ones.
         split (`str`): of a dataset.
         limit (`int`, *optional*): at most so many.
         streaming (`bool`): read a Hub dataset without downloading it first.
