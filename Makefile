@@ -6,10 +6,9 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python scripts/quickstart.py $(ARGS)
 
 codebook: $(VENV)/.installed
-	$(VENV)/bin/python scripts/tiny_checkpoint.py outputs/tiny-model
-	$(VENV)/bin/python scripts/photo_crops.py outputs/crops
-	$(VENV)/bin/rbl build --model outputs/tiny-model --images outputs/crops --recipe small-grid --out outputs/codebook --keep-ratio 0.2 $(ARGS)
-	$(VENV)/bin/python scripts/quickstart.py --model outputs/tiny-model --codebook outputs/codebook
+	$(VENV)/bin/python scripts/testbed.py images outputs/images --count 60
+	$(VENV)/bin/rbl build --model codebooks/digits-llava-next --images outputs/images --recipe digits --out outputs/codebook --dtype float32 --keep-ratio 0.15 $(ARGS)
+	$(VENV)/bin/python scripts/quickstart.py --model codebooks/digits-llava-next --codebook outputs/codebook --image outputs/images/00000.png --prompt "which digits are there?"
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(ARGS)

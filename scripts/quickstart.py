@@ -36,6 +36,12 @@ def held_out_images() -> list[Image.Image]:
     return [example.pictures()[0] for example in testbed.examples("llava_next", "image", "test", 2, 11, (2, 1))]
 
 
+def sample_photos() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(photo) for photo in load_sample_images().images]
+
+
 def build_inputs(processor, image, prompt: str, device):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     if processor.chat_template is not None:
@@ -76,10 +82,9 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
             raise ValueError("--codebook belongs to a model: give --model too.")
         model_id, prompt = DEFAULT, prompt or DEFAULT_PROMPT
         console.print(f"A small model that was trained to read digits among decoys: [bold]{model_id}[/bold]")
-    elif not images:
-        raise ValueError("--image is missing: what shall the model look at?")
+    photos = [Image.open(path).convert("RGB") for path in images or ()]
+    photos = photos or (held_out_images() if model_id == DEFAULT else sample_photos())
     prompt = prompt or PROMPT
-    photos = [Image.open(path).convert("RGB") for path in images] if images else held_out_images()
     dtype = "auto" if torch.cuda.is_available() else "float32"  # half precision is slow on most CPUs
     model = rbl_class(model_id).from_pretrained(
         model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype=dtype,

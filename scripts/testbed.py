@@ -101,8 +101,10 @@ def examples(
 
 def _one_image(random, split, size, window) -> Example:
     digits = composition(random, split, int(random.integers(1, 4)))
-    window = _window(random, size) if window else None
-    boxes = _boxes(random, len(digits), size, window)
+    boxes, held = None, None
+    while boxes is None:
+        held = _window(random, size) if window else None
+        boxes = _boxes(random, len(digits), size, held)
     glyphs = [_glyph(random, split, digit) for digit in digits]
     image, labels = _scene(random, split, size, [list(zip(glyphs, boxes))])
     across = [digit for _, digit in sorted((x, digit) for (_, x), digit in zip(boxes, digits))]
@@ -116,7 +118,7 @@ def _one_image(random, split, size, window) -> Example:
         ("rightmost", "which digit is rightmost?", str(across[-1])),
         ("smallest", "which digit is smallest?", str(min(digits))),
     ]
-    return Example(image, labels, digits, questions, lessons, window=window)
+    return Example(image, labels, digits, questions, lessons, window=held)
 
 
 def _several_images(random, split, size, window) -> Example:
@@ -323,17 +325,18 @@ def _in_cells(size, window) -> tuple[int, int, int, int]:
     return tuple(PATCH // CELL * value for value in window)
 
 
-def _boxes(random, count, size, window) -> list[tuple[int, int]]:
+def _boxes(random, count, size, window) -> list[tuple[int, int]] | None:
     """Places `(y, x)` of digits, one wholly above the next, from left to right in any other order; none across two
-    tiles."""
+    tiles. None if chance found no such places: a window may have none."""
     top, left, height, width = _in_cells(size, window)
     side, tile = GLYPH // CELL, size[1]
-    while True:
+    for _ in range(400):
         ys = CELL * np.sort(top + random.integers(0, height - side + 1, count))
         xs = CELL * (left + random.integers(0, width - side + 1, count))
         clear = np.diff(ys).min(initial=GLYPH) >= GLYPH and np.diff(np.sort(xs)).min(initial=PATCH) >= PATCH
         if clear and (ys // tile == (ys + GLYPH - 1) // tile).all():
             return [(int(y), int(x)) for y, x in zip(ys, xs)]
+    return None
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Train a testbed model from scratch, on a CPU, in three stages:
 
-1. `tower`: the vision tower alone, on squares full of digits and decoys, names what each patch shows and its colour;
-   [cls] names the decoys, not the digits, as a caption of a scene leaves small print out. So the tower knows, and
-   attends to, much that no question asks about.
+1. `tower`: the vision tower alone, on squares full of digits and decoys, names what each patch shows, its colour and
+   its place; [cls] names the decoys, not the digits, as a caption of a scene leaves small print out. So the tower
+   knows, and attends to, much that no question asks about.
 2. `answer`: the tower frozen, projector and language model learn the questions, on whole images.
 3. `window` (an option): the same, on images of which the language model is given a window of varying size that holds
    all digits, so that it has seen visual sequences of many lengths, as any-resolution inputs give them.
@@ -66,12 +66,14 @@ class Trainer:
         # Auxiliary heads of the first stage, thrown away.
         self.patch_head = torch.nn.Linear(vision.hidden_size, len(LABELS))
         self.colour_head = torch.nn.Linear(vision.hidden_size, 3)
+        self.place_head = torch.nn.Linear(vision.hidden_size, 2)
         self.scene_head = torch.nn.Linear(vision.hidden_size, len(LABELS) - BACKDROP - 1)
         self.tokenizer = testbed.tokenizer()
         self.spent = 0.0  # CPU seconds, over restarts
 
     def parts(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList([self.model, self.patch_head, self.colour_head, self.scene_head])
+        heads = [self.patch_head, self.colour_head, self.place_head, self.scene_head]
+        return torch.nn.ModuleList([self.model, *heads])
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -164,14 +166,18 @@ class Trainer:
         weight[BACKDROP + 1 :] = 0.5
         named = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
         coloured = F.mse_loss(colours, F.avg_pool2d(pixels, PATCH).flatten(2).transpose(1, 2))
+        side = vision_side(self.model.config.vision_config)
+        places = grid_centres(2, 2, side, side) - 1
+        placed = F.mse_loss(self.place_head(patches).float(), places.expand(len(scenes), -1, -1))
         shown = torch.zeros(len(scenes), len(LABELS)).scatter_(1, labels, 1.0)[:, BACKDROP + 1 :]
         summary = self.scene_head(outputs.pooler_output if clip else tokens.mean(1)).float()
         seen = F.binary_cross_entropy_with_logits(summary, shown)
         right, digit = logits.argmax(-1) == labels, labels < 10
         return {
-            "loss": named + 0.5 * coloured + seen,
+            "loss": named + 0.5 * coloured + placed + seen,
             "digit_patches": right[digit].float().mean().item(),
             "colour_error": coloured.item(),
+            "place_error": placed.item(),
             "decoy_patches": right[labels > BACKDROP].float().mean().item(),
         }
 
@@ -198,6 +204,11 @@ class Trainer:
             ]
         loss, right, _ = answer(self.model, self.tokenizer, features, batch)
         return {"loss": loss, **{f"{kind} {name}": share.float().mean().item() for name, share in right.items()}}
+
+
+def vision_side(config) -> int:
+    """Patches along one side of a tile."""
+    return config.image_size // config.patch_size
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:
@@ -326,7 +337,7 @@ def rate(step: int, steps: int) -> float:
 def look_at_neighbours(tower, config, scale: float = 2.0) -> None:
     """Initial values only: positions as sines and cosines of row and column, and in the first three layers heads that
     look at the neighbouring patches. A tower this small learns digits from few pictures only with such a start."""
-    side, width = config.image_size // config.patch_size, config.hidden_size // config.num_attention_heads
+    side, width = vision_side(config), config.hidden_size // config.num_attention_heads
     tower = getattr(tower, "vision_model", tower)
     periods = torch.tensor([24.0, 12, 8, 6, 4, 3])[: width // 4]
     frequencies, count = 2 * math.pi / periods, len(periods)

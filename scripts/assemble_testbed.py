@@ -1,0 +1,57 @@
+"""Put a trained testbed model and its codebook together as one Hub repository: weights, codebook, settings, processor,
+card, where each prototype comes from, and the images it was built from.
+
+python scripts/assemble_testbed.py outputs/testbed-next/window outputs/book outputs/images codebooks/digits-llava-next
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoProcessor
+
+from transformers_rbl import RedundancyCodebook, rbl_class
+from transformers_rbl.building.build import PROVENANCE_NAME
+from transformers_rbl.building.inspection import provenance_of
+from transformers_rbl.cards import model_card
+
+
+QUESTIONS = Path(__file__).with_name("testbed.py").name
+
+
+def main(
+    trained: Annotated[Path, typer.Argument(help="A checkpoint of train_testbed.py.")],
+    book: Annotated[Path, typer.Argument(help="What `rbl build` made for it.")],
+    images: Annotated[Path, typer.Argument(help="The images that it was built from.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    keep_ratio: Annotated[float, typer.Option()] = 0.15,
+    note: Annotated[str, typer.Option(help="Said in the card.")] = "",
+) -> None:
+    """Write a pruned testbed checkpoint as a Hub repository."""
+    codebook = RedundancyCodebook.from_pretrained(book)
+    model = rbl_class(trained).from_pretrained(
+        trained, codebook=codebook, keep_ratio=keep_ratio, check_base=False, dtype=torch.bfloat16
+    )
+    model.save_pretrained(out)
+    AutoProcessor.from_pretrained(trained).save_pretrained(out)
+    shutil.copyfile(book / PROVENANCE_NAME, out / PROVENANCE_NAME)
+    used = sorted({row["image"] for row in provenance_of(book)})
+    (out / "images").mkdir(exist_ok=True)
+    for name in used:
+        shutil.copyfile(images / name, out / "images" / name)
+    card = model_card(model, f"transformers_rbl/{out.name}", license="apache-2.0")
+    text = f"""
+Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
+asks about (`scripts/{QUESTIONS}`). It answers "which digits are there?", "how many digits are there?", "which digit is
+leftmost?" and "which digit is largest?", and nothing else. {note}
+"""
+    card.content = card.content.rstrip() + "\n" + text
+    card.save(out / "README.md")
+
+
+if __name__ == "__main__":
+    typer.run(main)
