@@ -6,6 +6,7 @@ python scripts/assemble_testbed.py outputs/testbed-next/window outputs/book outp
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,9 @@ def main(
     (out / "images").mkdir(exist_ok=True)
     for name in used:
         shutil.copyfile(images / name, out / "images" / name)
+    if (asked := images / "questions.jsonl").is_file():
+        lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
+        (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
     card = model_card(model, f"transformers_rbl/{out.name}", license="apache-2.0")
     text = f"""
 Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question

@@ -492,11 +492,16 @@ def write_images(
     """Unlabelled images, to build a codebook or to calibrate with. Of LLaVA-NeXT every second one is of a single tile's
     size, since a codebook is built from base images: these show tokens at the scale of tiles."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = KINDS[family][0]
+    kind, lines = KINDS[family][0], []
     for number in range(count):
         grid = (1, 1) if number % 2 else None
         drawn = next(examples(family, kind, split, 1, seed * 100_003 + number, grid))
-        drawn.pictures()[number % len(drawn.images)].save(folder / f"{number:05}.png")
+        name = f"{number:05}.png"
+        drawn.pictures()[number % len(drawn.images)].save(folder / name)
+        if len(drawn.images) == 1:
+            lines += [{"image": name, "question": text, "answer": said} for _, text, said in drawn.questions]
+    if lines:  # which building does not read
+        (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 @app.command("questions")
