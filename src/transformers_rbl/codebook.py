@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -165,12 +166,18 @@ class RedundancyCodebook(nn.Module):
         def find(filename):
             if os.path.isdir(name):
                 return Path(name, filename)
-            return Path(
-                hf_hub_download(
-                    name, filename, revision=revision, token=token, cache_dir=cache_dir,
-                    local_files_only=local_files_only, force_download=force_download,
-                )
-            )  # fmt: skip
+            try:
+                return Path(
+                    hf_hub_download(
+                        name, filename, revision=revision, token=token, cache_dir=cache_dir,
+                        local_files_only=local_files_only, force_download=force_download,
+                    )
+                )  # fmt: skip
+            except RemoteEntryNotFoundError as error:
+                raise OSError(
+                    f"{name} has no {filename}: a codebook's repository holds {CARD_NAME} and {WEIGHTS_NAME}. A "
+                    "model's repository holds its codebook inside: load the model."
+                ) from error
 
         if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~"))):
             raise OSError(f"{name} is no folder with a codebook ({CARD_NAME} and {WEIGHTS_NAME}), nor a Hub id.")

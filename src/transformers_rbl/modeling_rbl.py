@@ -12,6 +12,7 @@ import inspect
 import os
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import logging
@@ -122,9 +123,15 @@ class RBLMixin:
             )
         with_info = kwargs.pop("output_loading_info", False)
 
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {pretrained_model_name_or_path} is truncated or no safetensors file ({error}): "
+                "download it again, with force_download=True if it is from the Hub."
+            ) from error
         missing = missing_weights(model, info["missing_keys"])
         if codebook is not None:  # it takes the place of one in the checkpoint
             missing = [key for key in missing if not key.endswith("codebook.prototypes")]
@@ -155,7 +162,11 @@ class RBLMixin:
             self.set_codebook(codebook)
         if pruning is not None:
             self.pruning = pruning
-        self._active_pruning(None)  # saved settings that are broken, or lack their codebook, end here
+        try:
+            _ = self.pruning  # saved settings that are broken end here,
+        except ValueError as error:
+            raise ValueError(f"config.json of {name}: {error} Upgrade it, or give pruning= here.") from error
+        self._active_pruning(None)  # and those that lack their codebook
 
     def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
         """As in transformers: weights, codebook and settings.
