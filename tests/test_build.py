@@ -281,7 +281,7 @@ def test_a_streamed_dataset_needs_a_number(photos, tmp_path):
         ({"--model": None}, "Give --model and --images"),
         ({"--images": None}, "--model needs --images and --recipe"),
         ({"--images": "/no/such/folder"}, "is no file, folder or dataset"),
-        ({"--recipe": "nothing"}, "neither a recipe file nor a preset (llama3-llava-next-8b, llava-1.5-7b"),
+        ({"--recipe": "nothing"}, "neither a recipe file nor a preset (digits, llama3-llava-next-8b, llava-1.5-7b"),
         ({"--recipe": "llava-1.5-7b"}, "probes rank 576, but an image has 16 tokens"),
         ({"--set": "colour=red"}, "Unknown recipe setting(s) colour"),
         ({"--set": "max_p1"}, "--set takes NAME=VALUE"),
