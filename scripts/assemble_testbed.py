@@ -21,9 +21,6 @@ from transformers_rbl.building.inspection import provenance_of
 from transformers_rbl.cards import model_card
 
 
-QUESTIONS = Path(__file__).with_name("testbed.py").name
-
-
 def main(
     trained: Annotated[Path, typer.Argument(help="A checkpoint of train_testbed.py.")],
     book: Annotated[Path, typer.Argument(help="What `rbl build` made for it.")],
@@ -34,6 +31,7 @@ def main(
 ) -> None:
     """Write a pruned testbed checkpoint as a Hub repository."""
     codebook = RedundancyCodebook.from_pretrained(book)
+    codebook.recommended_keep_ratio, codebook.recommended_threshold = keep_ratio, None
     model = rbl_class(trained).from_pretrained(
         trained, codebook=codebook, keep_ratio=keep_ratio, check_base=False, dtype=torch.bfloat16
     )
@@ -47,10 +45,10 @@ def main(
     if (asked := images / "questions.jsonl").is_file():
         lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
         (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    card = model_card(model, f"transformers_rbl/{out.name}", license="apache-2.0")
+    card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
 Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/{QUESTIONS}`). It answers "which digits are there?", "how many digits are there?", "which digit is
+asks about (`scripts/testbed.py`). It answers "which digits are there?", "how many digits are there?", "which digit is
 leftmost?" and "which digit is largest?", and nothing else. {note}
 """
     card.content = card.content.rstrip() + "\n" + text

@@ -7,9 +7,7 @@ python scripts/quickstart.py --model llava-hf/llama3-llava-next-8b-hf --codebook
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +21,7 @@ from transformers import AutoProcessor
 import testbed
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.plots import plot_kept
+from transformers_rbl.evaluation.timing import compare_prefills
 
 
 OFF = PruningConfig(enabled=False)
@@ -49,30 +48,6 @@ def build_inputs(processor, image, prompt: str, device):
     else:
         text = f"<image>\n{prompt}"
     return processor(images=image, text=text, return_tensors="pt").to(device)
-
-
-def cache_bytes(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-@torch.no_grad()
-def measure(model, inputs, repeats: int):
-    """Prefill stock and pruned in turn: median seconds and the KV cache's bytes of each, and what was kept."""
-    seconds, size, output = {"stock": [], "pruned": []}, {}, None
-    for _ in range(repeats + 1):  # the first round warms up
-        for name, pruning in (("stock", OFF), ("pruned", None)):
-            synchronise(model.device)
-            start = time.perf_counter()
-            output = model(**inputs, pruning=pruning, use_cache=True, logits_to_keep=1)
-            synchronise(model.device)
-            seconds[name].append(time.perf_counter() - start)
-            size[name] = cache_bytes(output.past_key_values)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, size, output
-
-
-def synchronise(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_tokens, repeats, out) -> None:
@@ -102,7 +77,7 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
     masks, kinds = [], []
     for number, photo in enumerate(photos, start=1):
         inputs = build_inputs(processor, photo, prompt, model.device)
-        seconds, size, output = measure(model, inputs, repeats)
+        seconds, size, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": None}, repeats)
         mask = output.keep_masks[0]
         masks.append(mask)
         kinds += model.model.token_kinds(**inputs)

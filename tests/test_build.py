@@ -533,3 +533,10 @@ def test_records_of_another_version_do_not_open(tmp_path):
         Records(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"images": {"count": 2}}))
     assert Records(tmp_path).read(0) is None
+
+
+def test_a_codebook_does_not_tell_where_the_model_lay(built, family):
+    folder, _ = built
+    for name in ("codebook.json", "README.md"):
+        assert str(family.folder) not in (folder / name).read_text()
+    assert Path(family.folder).name in (folder / "codebook.json").read_text()

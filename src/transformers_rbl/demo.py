@@ -9,8 +9,6 @@ import functools
 import html
 import json
 import os
-import statistics
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from transformers_rbl.evaluation.evaluate import OFF, prompt_inputs
 from transformers_rbl.evaluation.explain import Explanation, explain
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids
 from transformers_rbl.evaluation.questions import Question
+from transformers_rbl.evaluation.timing import compare_prefills
 from transformers_rbl.pruning import NEWLINE
 
 
@@ -321,7 +320,7 @@ def ask(
         raise ValueError("A question is plain text: take the image's placeholder out.")
     model, pruning = demo.model, pruning_of(demo, setting, value)
     inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
-    seconds, cache, output = measure(model, inputs, pruning, repeats)
+    seconds, cache, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": pruning}, repeats)
     mask, kinds = output.keep_masks[0].cpu(), model.model.token_kinds(**inputs)[0]
     sides = []
     for rule, tokens, name in ((OFF, len(mask), "stock"), (pruning, int(mask.sum()), "pruned")):
@@ -338,32 +337,6 @@ def ask(
     return Answer(
         seen_part(demo, image, inputs), *sides, mask, token_grids(demo, inputs, kinds), explanations, span
     )  # fmt: skip
-
-
-@torch.no_grad()
-def measure(model, inputs, pruning: PruningConfig, repeats: int):
-    """Prefill stock and pruned in turn, so that what else the machine does meets both.
-
-    Args:
-        model (`RBLGenerationMixin`): in eval mode.
-        inputs (`BatchFeature`): one prompt with one image.
-        pruning ([`PruningConfig`]): of the pruned one.
-        repeats (`int`): timed prefills of each, after one that warms up.
-
-    Returns:
-        `tuple[dict[str, float], dict[str, int], ModelOutput]`: median seconds and the KV cache's bytes of `"stock"` and
-        `"pruned"`, and the pruned output.
-    """
-    seconds, cache, output = {"stock": [], "pruned": []}, {}, None
-    for _ in range(repeats + 1):
-        for name, rule in (("stock", OFF), ("pruned", pruning)):
-            _synchronise(model.device)
-            start = time.perf_counter()
-            output = model(**inputs, pruning=rule, use_cache=True, logits_to_keep=1)
-            _synchronise(model.device)
-            seconds[name].append(time.perf_counter() - start)
-            cache[name] = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, cache, output
 
 
 def figures(answer: Answer) -> str:
@@ -476,11 +449,6 @@ def _cut(image: Image.Image, shape, row: int, column: int) -> Image.Image:
 def _enlarged(image: Image.Image, side: int = 240) -> Image.Image:
     scale = side / max(*image.size, 1)
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-
-
-def _synchronise(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _codebook_places(model: str, codebook: str | os.PathLike | None) -> list[str | os.PathLike]:

@@ -192,7 +192,10 @@ def build_codebook(
             "to one file system."
         )
     selection = select_prototypes(probes, recipe)
-    model = records.run["model"]
+    name = records.run["model"]["name"]
+    if Path(name).is_absolute() or Path(name).exists():
+        name = Path(name).name  # a codebook is published: where its maker keeps a model is nobody's business
+    model = {**records.run["model"], "name": name}
     book = RedundancyCodebook(
         prototypes(probes, selection),
         base_model=base_model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from ..pruning import PruningConfig
 from .metrics import METRICS, bootstrap_interval, f1, paired_ratio_interval
 from .questions import Question
+from .timing import timed_prefill
 
 
 OFF = PruningConfig(enabled=False)
@@ -91,9 +91,9 @@ def evaluate(
             whole[place].append(total)
             kept[place].append(total if masks is None else sum(int(mask.sum()) for mask in masks))
             if number < TIMED_QUESTIONS:
-                spent, size = _prefill(model, text, features)
-                seconds[place].append(spent)
-                sizes[place].append(size)
+                spent, size, _ = timed_prefill(model, **text, mm_encoder_outputs={"image": features})
+                seconds[place].append(spent * 1e3)
+                sizes[place].append(size / 2**20)
             ids = model.generate(
                 **text, mm_encoder_outputs={"image": features}, max_new_tokens=max_new_tokens, do_sample=False
             )
@@ -181,16 +181,3 @@ def prompt_inputs(processor, question: Question, suffix: str, device, dtype):
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     return processor(images=[question.images], text=[prompt], return_tensors="pt").to(device, dtype)
-
-
-def _prefill(model, text: dict, features) -> tuple[float, float]:
-    """Milliseconds and KV cache MiB of the prompt's one pass, the vision tower aside."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    output = model(**text, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    spent = (time.perf_counter() - start) * 1e3
-    layers = output.past_key_values.layers
-    return spent, sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / 2**20

@@ -1,0 +1,53 @@
+"""How long a prefill takes, and what its KV cache weighs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+
+@torch.no_grad()
+def timed_prefill(model, **inputs):
+    """One pass over a prompt, the last logits only.
+
+    Args:
+        model (`RBLGenerationMixin`): in eval mode.
+        inputs: of its `forward`.
+
+    Returns:
+        `tuple[float, int, ModelOutput]`: seconds, bytes of the KV cache, and the output.
+    """
+    _synchronise(model.device)
+    start = time.perf_counter()
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    _synchronise(model.device)
+    seconds = time.perf_counter() - start
+    return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers), output
+
+
+def compare_prefills(model, inputs, rules: dict, repeats: int):
+    """Prefill under several settings in turn, so that what else the machine does meets all of them.
+
+    Args:
+        model (`RBLGenerationMixin`): in eval mode.
+        inputs (`BatchFeature`): prompts with their images.
+        rules (`dict[str, PruningConfig | None]`): settings by name; None is the model's own.
+        repeats (`int`): timed prefills of each, after one that warms up.
+
+    Returns:
+        `tuple[dict[str, float], dict[str, int], ModelOutput]`: by name median seconds and bytes of the KV cache, and
+        the last one's output.
+    """
+    seconds, sizes, output = {name: [] for name in rules}, {}, None
+    for _ in range(repeats + 1):
+        for name, rule in rules.items():
+            spent, sizes[name], output = timed_prefill(model, **inputs, pruning=rule)
+            seconds[name].append(spent)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, sizes, output
+
+
+def _synchronise(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
