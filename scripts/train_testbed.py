@@ -44,11 +44,11 @@ class Stage:
 
 STAGES = {
     "llava": (Stage("tower", 900, 1e-3, 32), Stage("answer", 900, 1e-3, 32), Stage("window", 400, 6e-4, 32)),
-    "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1000, 1e-3, 24), Stage("window", 300, 6e-4, 24)),
+    "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1400, 1e-3, 24), Stage("window", 400, 6e-4, 24)),
     "llava_onevision": (
         Stage("tower", 1000, 1e-3, 48),
-        Stage("answer", 1500, 1e-3, 24),
-        Stage("window", 300, 6e-4, 24),
+        Stage("answer", 1800, 1e-3, 24),
+        Stage("window", 400, 6e-4, 24),
     ),
 }
 SAVE_EVERY = 100  # steps
@@ -187,9 +187,9 @@ class Trainer:
         kinds = testbed.KINDS[self.family]
         kind = kinds[int(random.integers(len(kinds)))]
         grid = (1, 1)
-        if self.family == "llava_next":  # small images first: they cost less, and teach the digits
-            shares = (0.2, 0.1, 0.7) if stage.name == "answer" and early else testbed.GRID_SHARES
-            grid = testbed.GRIDS[int(random.choice(3, p=shares))]
+        if self.family == "llava_next":  # single tiles first: they cost less, and teach the digits
+            small = stage.name == "answer" and early and random.random() < 0.7
+            grid = (1, 1) if small else testbed.GRIDS[int(random.choice(len(testbed.GRIDS), p=testbed.GRID_SHARES))]
         size = (grid[0] * TILE[self.family], grid[1] * TILE[self.family])
         batch = [testbed.example(random, kind, "train", size, stage.name == "window") for _ in range(stage.batch)]
         for example in batch:

@@ -1,0 +1,1 @@
+"""Plugins that other engines find by entry points: vLLM and lmms-eval."""

@@ -1,0 +1,138 @@
+"""What a serving engine must know before it has seen an image: which settings it can serve, and how many visual tokens
+an image will leave. No engine is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..auto_rbl import PROCESSORS
+from ..codebook import RedundancyCodebook, keep_mask
+from ..pruning import BASE, NEWLINE, PruningConfig, keep_newlines, kept_token_count
+
+
+OFF = PruningConfig(enabled=False)
+
+
+def served_pruning(config) -> PruningConfig:
+    """The settings of a checkpoint, if counts of tokens are known from them before an image is encoded.
+
+    Args:
+        config (`LlavaRBLConfig`, `LlavaNextRBLConfig` or `LlavaOnevisionRBLConfig`): a saved checkpoint's.
+
+    Returns:
+        [`PruningConfig`], switched off if the checkpoint has none.
+
+    Raises:
+        ValueError: for settings that an engine cannot serve, or a codebook that is missing.
+    """
+    pruning = OFF if config.pruning is None else PruningConfig.from_dict(config.pruning)
+    if config.vision_config.model_type == "pixtral":
+        raise ValueError("Checkpoints with a Pixtral vision tower are not served with pruning: use transformers.")
+    if not pruning.enabled:
+        return pruning
+    override = """start the engine with --hf-overrides '{"pruning": {"keep_ratio": 0.15}}'"""
+    if pruning.keep_ratio is None:
+        raise ValueError(
+            f"threshold={pruning.threshold} keeps a number of visual tokens that depends on the image, and an engine "
+            "must know it before it has encoded one. `rbl calibrate` finds the keep ratio that does the same on "
+            f"average; save it in the checkpoint, or {override}. Or choose the tokens outside: switch pruning off and "
+            "send image_embeds (docs/serving.md)."
+        )
+    if pruning.newlines == "row":
+        raise ValueError(
+            'newlines="row" keeps a number of row ends that depends on the image, and an engine must know it before '
+            'it has encoded one: save the checkpoint with newlines="all" or "last", or '
+            f"{override}, which keeps them all."
+        )
+    if pruning.needs_cls_similarity:
+        raise ValueError(
+            f"score={pruning.score!r} needs the vision tower's [cls] token, which engines do not hand out: {override}."
+        )
+    if pruning.needs_codebook and config.num_prototypes is None:
+        raise ValueError(
+            "The checkpoint prunes but holds no codebook: load it with codebook=… in transformers and save it again "
+            "(docs/serving.md)."
+        )
+    return pruning
+
+
+def with_keep_ratio(pruning: PruningConfig, keep_ratio: float | None) -> PruningConfig:
+    """The settings of one request: a smaller share than the checkpoint's, never a larger one, since the engine has
+    reserved memory for that."""
+    if keep_ratio is None:
+        return pruning
+    asked = PruningConfig(keep_ratio=keep_ratio)  # raises for anything that is no ratio
+    if not pruning.enabled:
+        raise ValueError("keep_ratio was given for one request, but this checkpoint does not prune.")
+    if asked.keep_ratio > pruning.keep_ratio:
+        raise ValueError(
+            f"keep_ratio={asked.keep_ratio} of this request is above the {pruning.keep_ratio} that the engine has "
+            "reserved memory for: start it with a larger one in --hf-overrides."
+        )
+    return replace(pruning, keep_ratio=asked.keep_ratio)
+
+
+class TokenLayout:
+    """What each visual token of an image is, by the packing code of the transformers model.
+
+    Args:
+        config (`LlavaRBLConfig`, `LlavaNextRBLConfig` or `LlavaOnevisionRBLConfig`): its model is made without weights.
+    """
+
+    def __init__(self, config):
+        headless = next(full.headless for full in PROCESSORS if full.config_class.model_type == config.model_type)
+        with torch.device("meta"):
+            self._model = headless(config)
+        tower = config.vision_config
+        self._pixels = torch.empty(1, 1, 3, tower.image_size, tower.image_size, device="meta")
+
+    def __call__(self, height: int, width: int) -> torch.Tensor:
+        """`(L,)` of BASE, PATCH and NEWLINE for an image of this size in pixels."""
+        sizes = torch.tensor([[height, width]])
+        return self._model.token_kinds(pixel_values=self._pixels, image_sizes=sizes)[0]
+
+
+def seen_kinds(kinds: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
+    """The tokens that are encoded at all: with `tiles="base"` the base image's and one row end, which engines append
+    to an image without tiles."""
+    if not (pruning.enabled and pruning.tiles == "base" and (kinds == BASE).any()):
+        return kinds
+    return torch.cat([kinds[kinds == BASE], kinds.new_tensor([NEWLINE])])
+
+
+def kept_count(kinds: torch.Tensor, pruning: PruningConfig) -> int:
+    """How many of an image's tokens `(L,)`, as [`seen_kinds`] gives them, stay."""
+    if not pruning.enabled:
+        return len(kinds)
+    scored = int((kinds != NEWLINE).sum())
+    row_ends = _keep_row_ends(torch.zeros(len(kinds), dtype=torch.bool), kinds, pruning)
+    return kept_token_count(scored, pruning.keep_ratio, pruning.min_tokens) + int(row_ends.sum())
+
+
+def keep_of_image(
+    tokens: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig, codebook: RedundancyCodebook | None
+) -> torch.Tensor:
+    """Which of one image's tokens `(L, d)`, row ends among them, stay: `torch.BoolTensor` of shape `(L,)`.
+
+    Raises:
+        ValueError: if tokens and kinds differ in number.
+    """
+    if len(tokens) != len(kinds):
+        raise ValueError(
+            f"The vision tower gave {len(tokens)} visual tokens where {len(kinds)} were reckoned with: this engine "
+            "packs an image otherwise than transformers does."
+        )
+    kinds = kinds.to(tokens.device)
+    mask = kinds != NEWLINE
+    mask[mask.clone()] = keep_mask(tokens[mask], pruning, codebook)
+    return mask | _keep_row_ends(mask, kinds, pruning)
+
+
+def _keep_row_ends(kept: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
+    if not pruning.enabled:
+        return kinds == NEWLINE
+    if pruning.tiles == "base" and (kinds == BASE).any() and pruning.newlines == "all":
+        return torch.zeros_like(kept)  # rows end with the tiles, and those are gone
+    return keep_newlines(kept, kinds, pruning.newlines)

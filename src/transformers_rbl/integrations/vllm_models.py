@@ -1,0 +1,257 @@
+"""Our three families in vLLM 0.32: its own models, with visual tokens dropped between projector and language model.
+
+Front end: the processor says how many placeholders an image gets, from its size and the keep ratio alone, and sends
+along what each token is. Model: the same rule as in transformers picks the tokens, and their number is checked against
+the placeholders', since vLLM would take the first of too many features without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement
+
+from ..codebook import RedundancyCodebook
+from .serving import TokenLayout, keep_of_image, kept_count, seen_kinds, served_pruning, with_keep_ratio
+
+
+KINDS, RATIO = "token_kinds", "kept_share"  # what travels with an image from the processor to the model
+
+
+# --- front end: how many placeholders ---------------------------------------------------------------------------------
+
+
+class RBLInfo:
+    """Counts of visual tokens. `stock` is the class that this one is mixed into."""
+
+    stock: type
+
+    @cached_property
+    def pruning(self):
+        return served_pruning(self.get_hf_config())
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.get_hf_config())
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def kinds(self, width: int, height: int) -> torch.Tensor:
+        kinds = self.layout(height, width)
+        unpruned = super().get_num_image_tokens(image_width=width, image_height=height)
+        if len(kinds) != unpruned:
+            raise ValueError(
+                f"An image of {width}x{height} pixels has {len(kinds)} visual tokens in transformers and {unpruned} in "
+                "vLLM: pruning cannot serve it."
+            )
+        return seen_kinds(kinds, self.pruning)
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        return kept_count(self.kinds(image_width, image_height), self.pruning)
+
+    def get_image_size_with_most_features(self):
+        # The image that memory is reserved for is the one of most unpruned tokens; pruned counts tie.
+        return self.stock(self.ctx).get_image_size_with_most_features()
+
+
+class RBLProcessor:
+    """Adds to each image what its tokens are and which share of them stays."""
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
+        hf_kwargs = dict(hf_kwargs)
+        pruning = with_keep_ratio(self.info.pruning, hf_kwargs.pop("keep_ratio", None))
+        data = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if "pixel_values" in data:
+            images = mm_items.get_items("image", ImageProcessorItems)
+            sizes = [images.get_image_size(index) for index in range(len(images))]
+            data[KINDS] = [self.info.kinds(size.width, size.height).to(torch.uint8) for size in sizes]
+            share = 1.0 if pruning.keep_ratio is None else pruning.keep_ratio
+            data[RATIO] = torch.full((len(sizes),), share, dtype=torch.float64)
+            if pruning.enabled and pruning.tiles == "base" and data["pixel_values"][0].ndim == 4:
+                data["pixel_values"] = [tiles[:1] for tiles in data["pixel_values"]]
+        for embeds in data.get("image_embeds", ()):
+            width = self.info.get_hf_config().text_config.hidden_size
+            if embeds.ndim != 2 or embeds.shape[1] != width or len(embeds) == 0:
+                raise ValueError(f"image_embeds of one image are (tokens, {width}); got {tuple(embeds.shape)}.")
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        for name in (KINDS, RATIO):
+            fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence[PromptReplacement]:
+        token = self.info.get_hf_config().image_token_index
+        items = out_mm_kwargs.get("image", [])
+
+        def placeholders(index: int) -> list[int]:
+            item = items[index]
+            if KINDS not in item:
+                return [token] * len(item["image_embeds"].data)
+            pruning = self.info.pruning
+            if pruning.enabled:
+                pruning = with_keep_ratio(pruning, float(item[RATIO].data))
+            return [token] * kept_count(item[KINDS].data, pruning)
+
+        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
+
+
+# --- model: which tokens ----------------------------------------------------------------------------------------------
+
+
+class RBLModel:
+    """Encodes images as the stock model does, then drops redundant tokens."""
+
+    supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        config = vllm_config.model_config.hf_config
+        pruning = served_pruning(config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.pruning, self.codebook = pruning, None
+        if config.num_prototypes is not None:
+            width = config.text_config.hidden_size
+            self.codebook = RedundancyCodebook.uninitialised(config.num_prototypes, width, config.codebook)
+        # vLLM packs as many images into a step as their pruned tokens allow. Here they go through tower and projector
+        # in groups that stock would have formed, so that memory stays what stock needs.
+        self.tokens_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
+
+    def embed_multimodal(self, **kwargs: object):
+        if kwargs.get("pixel_values") is None:
+            # Chosen by the caller, of any length; stock would want all of one length, and end the engine if not.
+            embeds = kwargs.get("image_embeds")
+            return [] if embeds is None else list(embeds)
+        kinds, shares = list(kwargs.pop(KINDS)), [float(share) for share in kwargs.pop(RATIO)]
+        features = []
+        for part in groups([len(kind) for kind in kinds], self.tokens_at_once):
+            images = super().embed_multimodal(**{name: value[part] for name, value in kwargs.items()})
+            features += map(self._keep, images, kinds[part], shares[part])
+        return features
+
+    def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, share: float) -> torch.Tensor:
+        pruning = with_keep_ratio(self.pruning, share) if self.pruning.enabled else self.pruning
+        kept = tokens[keep_of_image(tokens, kinds, pruning, self.codebook)]
+        if len(kept) != (wanted := kept_count(kinds, pruning)):
+            raise ValueError(f"{len(kept)} visual tokens were kept for {wanted} placeholders.")
+        return kept
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        found = []
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name.endswith("codebook.prototypes"):
+                    found.append(tensor)
+                else:
+                    yield name, tensor
+
+        loaded = super().load_weights(others())
+        if self.codebook is None:
+            return loaded
+        wanted = tuple(self.codebook.prototypes.shape)
+        if not found:
+            raise ValueError("The checkpoint's config announces a codebook, but its weights hold no prototypes.")
+        if tuple(found[0].shape) != wanted:
+            raise ValueError(f"The checkpoint's prototypes are {tuple(found[0].shape)}; its config announces {wanted}.")
+        self.codebook.prototypes.copy_(found[0])
+        self.codebook.normalise()
+        if not self.codebook.is_loaded:
+            raise ValueError("The checkpoint's prototypes hold NaN or infinite values.")
+        return loaded | {"codebook.prototypes"}
+
+    def get_mm_lora_token_counts(self, *, modality, mm_kwargs, num_mm_embeds):
+        raise NotImplementedError("LoRA on the vision tower or the projector is not served with pruning.")
+
+
+def groups(lengths: list[int], limit: int) -> Iterator[slice]:
+    """Consecutive images whose tokens add up to `limit` at most, one image at least."""
+    start = total = 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > limit:
+            yield slice(start, index)
+            start, total = index, 0
+        total += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+def either_layout(stock: WeightsMapper) -> WeightsMapper:
+    """Weights as transformers 5 writes them, whose vision towers have no `vision_model.` level, and as before."""
+    prefixes = dict(stock.orig_to_new_prefix)
+    for part in ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head."):
+        prefixes[f"vision_tower.{part}"] = f"vision_tower.vision_model.{part}"
+        prefixes[f"model.vision_tower.{part}"] = f"vision_tower.vision_model.{part}"
+    return WeightsMapper(orig_to_new_prefix=prefixes)
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+class LlavaRBLInfo(RBLInfo, LlavaProcessingInfo):
+    stock = LlavaProcessingInfo
+
+
+class LlavaNextRBLInfo(RBLInfo, LlavaNextProcessingInfo):
+    stock = LlavaNextProcessingInfo
+
+
+class LlavaOnevisionRBLInfo(RBLInfo, LlavaOnevisionProcessingInfo):
+    stock = LlavaOnevisionProcessingInfo
+
+
+class LlavaRBLProcessor(RBLProcessor, LlavaMultiModalProcessor):
+    pass
+
+
+class LlavaNextRBLProcessor(RBLProcessor, LlavaNextMultiModalProcessor):
+    pass
+
+
+class LlavaOnevisionRBLProcessor(RBLProcessor, LlavaOnevisionMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaRBLProcessor, info=LlavaRBLInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class LlavaForConditionalGenerationRBL(RBLModel, LlavaForConditionalGeneration):
+    hf_to_vllm_mapper = either_layout(LlavaForConditionalGeneration.hf_to_vllm_mapper)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextRBLProcessor, info=LlavaNextRBLInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class LlavaNextForConditionalGenerationRBL(RBLModel, LlavaNextForConditionalGeneration):
+    hf_to_vllm_mapper = either_layout(LlavaNextForConditionalGeneration.hf_to_vllm_mapper)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionRBLProcessor, info=LlavaOnevisionRBLInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class LlavaOnevisionRBL(RBLModel, LlavaOnevisionForConditionalGeneration):
+    hf_to_vllm_mapper = either_layout(LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper)

@@ -1,0 +1,114 @@
+"""What engines are told before they see an image, without an engine. With one: tests/serving."""
+
+import json
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl.integrations.serving import (
+    TokenLayout,
+    keep_of_image,
+    kept_count,
+    seen_kinds,
+    served_pruning,
+    with_keep_ratio,
+)
+
+
+SERVED = [
+    PruningConfig(keep_ratio=0.3),
+    PruningConfig(keep_ratio=0.05, newlines="last", min_tokens=3),
+    PruningConfig(keep_ratio=0.4, tiles="base"),
+    PruningConfig(keep_ratio=0.4, tiles="base", newlines="last"),
+    PruningConfig(keep_ratio=0.25, score="double_softmax"),
+    PruningConfig(keep_ratio=0.5, score="random", seed=3),
+    PruningConfig(keep_ratio=0.2, score="diversity"),
+    PruningConfig(keep_ratio=1.0),
+    PruningConfig(enabled=False),
+]
+
+
+@pytest.mark.parametrize("pruning", SERVED, ids=lambda p: json.dumps(p.to_dict())[:60])
+def test_an_engine_keeps_what_transformers_keeps(family, pruned, pruning):
+    layout = TokenLayout(pruned.config)
+    for image in family.images(4):
+        inputs = family.inputs(["<image>"], [image])
+        encode = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "batch_num_images")}
+        ours = pruned.get_image_features(**encode, pruning=pruning, return_dict=True).pooler_output[0]
+        whole = pruned.get_image_features(**encode, pruning=PruningConfig(enabled=False), return_dict=True)
+        kinds = seen_kinds(layout(image.height, image.width), pruning)
+        tokens = whole.pooler_output[0]
+        if len(kinds) < len(tokens):  # the base image alone, with the row end that engines append
+            tokens = torch.cat([tokens[: len(kinds) - 1], tokens[-1:]])
+        kept = tokens[keep_of_image(tokens, kinds, pruning, pruned.codebook)]
+        assert torch.equal(kept, ours)
+        assert len(kept) == kept_count(kinds, pruning)
+
+
+@given(width=st.integers(8, 400), height=st.integers(8, 400))
+@settings(max_examples=60, deadline=None)
+def test_the_layout_of_any_image_is_that_of_its_features(family, pruned, width, height):
+    if not 1 / 12 < width / height < 12:
+        return
+    tiles = pruned.model._num_tiles({"image_sizes": [[height, width]], "pixel_values": torch.empty(1, 1, 3, 28, 28)})
+    length = 16
+    values = [torch.zeros(n, length, 1) for n in tiles]
+    packed = pruned.model._pack(values, torch.zeros(1), {"image_sizes": torch.tensor([[height, width]])})
+    assert len(TokenLayout(pruned.config)(height, width)) == len(packed[0])
+
+
+def refusal(config, **pruning):
+    config.pruning = pruning
+    with pytest.raises(ValueError) as error:
+        served_pruning(config)
+    return str(error.value)
+
+
+def test_settings_whose_count_depends_on_the_image_are_refused_with_the_way_out(family, pruned):
+    config = type(pruned.config).from_dict(pruned.config.to_dict())
+    message = refusal(config, threshold=0.7)
+    assert "rbl calibrate" in message and "--hf-overrides" in message and "image_embeds" in message
+    assert 'newlines="last"' not in message and 'newlines="row"' in refusal(config, keep_ratio=0.2, newlines="row")
+    assert "[cls]" in refusal(config, keep_ratio=0.2, score="cls_similarity_low")
+    assert "Unknown pruning setting" in refusal(config, keep_ratio=0.2, colour="red")
+    config.num_prototypes = None
+    assert "holds no codebook" in refusal(config, keep_ratio=0.2)
+    config.pruning = {"keep_ratio": 0.2, "score": "random"}
+    assert served_pruning(config).keep_ratio == 0.2
+    config.pruning = None
+    assert not served_pruning(config).enabled
+
+
+def test_a_pixtral_tower_is_refused(pruned):
+    config = type(pruned.config).from_dict(pruned.config.to_dict())
+    config.vision_config.model_type = "pixtral"
+    with pytest.raises(ValueError, match="Pixtral"):
+        served_pruning(config)
+
+
+def test_a_request_may_ask_for_less_but_not_for_more():
+    pruning = PruningConfig(keep_ratio=0.2, newlines="last")
+    assert with_keep_ratio(pruning, None) is pruning
+    assert with_keep_ratio(pruning, 0.1) == PruningConfig(keep_ratio=0.1, newlines="last")
+    for ratio, words in ((0.3, "reserved memory"), (0, "in \\(0, 1\\]"), ("0.1", "must be a number")):
+        with pytest.raises(ValueError, match=words):
+            with_keep_ratio(pruning, ratio)
+    with pytest.raises(ValueError, match="does not prune"):
+        with_keep_ratio(PruningConfig(enabled=False), 0.1)
+
+
+def test_features_of_another_layout_are_refused():
+    with pytest.raises(ValueError, match="9 visual tokens where 8"):
+        keep_of_image(
+            torch.randn(9, 4), torch.ones(8, dtype=torch.long), PruningConfig(keep_ratio=0.5),
+            RedundancyCodebook(torch.randn(2, 4)),
+        )  # fmt: skip
+
+
+def test_vllm_finds_the_plugin():
+    found = {entry.name: entry.value for entry in entry_points(group="vllm.general_plugins")}
+    assert found["transformers_rbl"] == "transformers_rbl.integrations.vllm:register"
