@@ -183,15 +183,15 @@ def _video(random, split, size, window) -> Example:
     return Example(images, labels, digits, questions, lessons, video=True, window=window)
 
 
-def crowd(random: np.random.Generator, split: str, side: int) -> Example:
-    """A square full of digits, decoys and blocks, to pre-train the vision tower on."""
-    cells, share = side // 42 + (side % 42 >= GLYPH), random.choice([0.2, 0.5, 0.85])
+def crowd(random: np.random.Generator, split: str, size: tuple[int, int]) -> Example:
+    """An image full of digits, decoys and blocks, to pre-train the vision tower on."""
+    cells, share = [side // 42 + (side % 42 >= GLYPH) for side in size], random.choice([0.2, 0.5, 0.85])
     placed = []
-    for row, column in itertools.product(range(cells), repeat=2):
-        y, x = (min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), side - GLYPH) for i in (row, column))
+    for at in itertools.product(*map(range, cells)):
+        y, x = (min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), s - GLYPH) for i, s in zip(at, size))
         if random.random() < share and all(abs(y - b) >= GLYPH - 3 or abs(x - a) >= GLYPH - 3 for _, (b, a) in placed):
             placed.append((_glyph(random, split, int(random.integers(10))), (y, x)))
-    image, labels = _scene(random, split, (side, side), [placed])
+    image, labels = _scene(random, split, size, [placed])
     return Example(image, labels, tuple(label for (_, label), _ in placed))
 
 

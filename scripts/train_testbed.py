@@ -152,9 +152,13 @@ class Trainer:
     # -- stage 1
 
     def _tower_loss(self, random, stage: Stage) -> dict:
-        scenes = [testbed.crowd(random, "train", TILE[self.family]) for _ in range(stage.batch)]
-        pixels = normalise(np.stack([scene.images[0] for scene in scenes]))
-        labels = torch.from_numpy(np.stack([scene.labels[0].flatten() for scene in scenes]))
+        side = TILE[self.family]
+        # LLaVA-NeXT's tower also sees whole images in one tile: tall ones are pressed into a square.
+        rows = int(random.choice(3, p=(0.5, 0.3, 0.2))) + 1 if self.family == "llava_next" else 1
+        scenes = [testbed.crowd(random, "train", (rows * side, side)) for _ in range(stage.batch)]
+        images = np.stack([scene.images[0] for scene in scenes])
+        pixels = normalise(images if rows == 1 else base_images(images, side))
+        labels = torch.from_numpy(np.stack([pressed(scene.labels[0], rows).flatten() for scene in scenes]))
         outputs = self.model.model.vision_tower(pixels, output_hidden_states=True)
         tokens = outputs.hidden_states[self.model.config.vision_feature_layer]
         clip = outputs.get("pooler_output") is not None
@@ -166,8 +170,7 @@ class Trainer:
         weight[BACKDROP + 1 :] = 0.5
         named = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
         coloured = F.mse_loss(colours, F.avg_pool2d(pixels, PATCH).flatten(2).transpose(1, 2))
-        side = vision_side(self.model.config.vision_config)
-        places = grid_centres(2, 2, side, side) - 1
+        places = grid_centres(2, 2, side // PATCH, side // PATCH) - 1
         placed = F.mse_loss(self.place_head(patches).float(), places.expand(len(scenes), -1, -1))
         shown = torch.zeros(len(scenes), len(LABELS)).scatter_(1, labels, 1.0)[:, BACKDROP + 1 :]
         summary = self.scene_head(outputs.pooler_output if clip else tokens.mean(1)).float()
@@ -232,14 +235,25 @@ def visual_inputs(family: str, batch: list[Example]) -> dict:
             "pixel_values": normalise(images)[:, None], "image_sizes": sizes, "batch_num_images": [3] * len(batch)
         }  # fmt: skip
     side = TILE[family]
-    whole = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    base = whole
-    for shape in ((height, side), (side, side)):  # one axis after the other, in whole levels: as PIL does
-        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
-    tiles = whole.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    pixels = torch.cat([base[:, None], tiles], 1)
-    values = normalise(pixels.flatten(0, 1).permute(0, 2, 3, 1).to(torch.uint8).numpy())
+    tiles = torch.from_numpy(images).unflatten(1, (-1, side)).unflatten(3, (-1, side))
+    tiles = tiles.permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
+    pixels = torch.cat([torch.from_numpy(base_images(images, side))[:, None], tiles], 1)
+    values = normalise(pixels.flatten(0, 1).numpy())
     return {"pixel_values": values.unflatten(0, pixels.shape[:2]), "image_sizes": sizes}
+
+
+def base_images(images: np.ndarray, side: int) -> np.ndarray:
+    """Images `(n, height, width, 3)` uint8 resized to squares, as LLaVA-NeXT's processor makes its base image."""
+    base = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    for shape in ((base.shape[2], side), (side, side)):  # one axis after the other, in whole levels: as PIL does
+        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return base.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def pressed(labels: np.ndarray, rows: int) -> np.ndarray:
+    """Labels of patches when so many rows become one: a digit before a decoy, a decoy before the backdrop."""
+    stacked = labels.reshape(-1, rows, labels.shape[1])
+    return np.where((stacked < BACKDROP).any(1), stacked.min(1), stacked.max(1))
 
 
 def encode(model, family: str, batch: list[Example]) -> list[list[torch.Tensor]]:
