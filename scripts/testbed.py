@@ -136,18 +136,19 @@ def _several_images(random, split, size, window) -> Example:
         glyph = _glyph(random, split, digit)
         image, label = _scene(random, split, size, [[(glyph, _boxes(random, 1, size, window)[0])]])
         images, labels = images + image, labels + label
-    place = int(random.choice([i for i in range(3) if digits.count(digits[i]) == 1]))
-    asked = int(random.integers(3))
-    questions = [
-        ("order", "which digits are there in order?", " ".join(map(str, digits))),
-        ("holds", f"which image holds a {digits[place]}?", str(place + 1)),
-        ("same", f"do image {first + 1} and image {second + 1} show the same digit?",
-         "yes" if digits[first] == digits[second] else "no"),
-        ("shown", f"which digit is in image {asked + 1}?", str(digits[asked])),
-    ]  # fmt: skip
-    lessons = [
-        ("shown", f"which digit is in image {place + 1}?", str(digits[place])) for place in range(3) if place != asked
+    shown = [("shown", f"which digit is in image {i + 1}?", str(digits[i])) for i in range(3)]
+    holds = [("holds", f"which image holds a {d}?", str(i + 1)) for i, d in enumerate(digits) if digits.count(d) == 1]
+    same = [
+        ("same", f"do image {i + 1} and image {j + 1} show the same digit?", "yes" if digits[i] == digits[j] else "no")
+        for i, j in sorted(itertools.combinations(range(3), 2), key=lambda pair: pair != (first, second))
     ]
+    asked, held = int(random.integers(3)), int(random.integers(len(holds)))
+    questions = [
+        ("order", "which digits are there in order?", " ".join(map(str, digits))), holds.pop(held), same.pop(0),
+        shown.pop(asked),
+    ]  # fmt: skip
+    holds = holds or questions[1:2]  # as many for every example, though two images may show the same digit
+    lessons = [*shown, *same, holds[0], holds[-1]]
     return Example(images, labels, tuple(digits), questions, lessons, window=window)
 
 
@@ -183,15 +184,15 @@ def _video(random, split, size, window) -> Example:
     return Example(images, labels, digits, questions, lessons, video=True, window=window)
 
 
-def crowd(random: np.random.Generator, split: str, size: tuple[int, int]) -> Example:
-    """An image full of digits, decoys and blocks, to pre-train the vision tower on."""
-    cells, share = [side // 42 + (side % 42 >= GLYPH) for side in size], random.choice([0.2, 0.5, 0.85])
+def crowd(random: np.random.Generator, split: str, side: int) -> Example:
+    """A square full of digits, decoys and blocks, to pre-train the vision tower on."""
+    cells, share = side // 42 + (side % 42 >= GLYPH), random.choice([0.2, 0.5, 0.85])
     placed = []
-    for at in itertools.product(*map(range, cells)):
-        y, x = (min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), s - GLYPH) for i, s in zip(at, size))
+    for row, column in itertools.product(range(cells), repeat=2):
+        y, x = (min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), side - GLYPH) for i in (row, column))
         if random.random() < share and all(abs(y - b) >= GLYPH - 3 or abs(x - a) >= GLYPH - 3 for _, (b, a) in placed):
             placed.append((_glyph(random, split, int(random.integers(10))), (y, x)))
-    image, labels = _scene(random, split, size, [placed])
+    image, labels = _scene(random, split, (side, side), [placed])
     return Example(image, labels, tuple(label for (_, label), _ in placed))
 
 

@@ -44,11 +44,11 @@ class Stage:
 
 STAGES = {
     "llava": (Stage("tower", 900, 1e-3, 32), Stage("answer", 900, 1e-3, 32), Stage("window", 400, 6e-4, 32)),
-    "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1400, 1e-3, 24), Stage("window", 400, 6e-4, 24)),
+    "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1200, 1e-3, 24), Stage("window", 500, 6e-4, 24)),
     "llava_onevision": (
         Stage("tower", 1000, 1e-3, 48),
-        Stage("answer", 1800, 1e-3, 24),
-        Stage("window", 400, 6e-4, 24),
+        Stage("answer", 1400, 1e-3, 24),
+        Stage("window", 300, 6e-4, 24),
     ),
 }
 SAVE_EVERY = 100  # steps
@@ -153,12 +153,9 @@ class Trainer:
 
     def _tower_loss(self, random, stage: Stage) -> dict:
         side = TILE[self.family]
-        # LLaVA-NeXT's tower also sees whole images in one tile: tall ones are pressed into a square.
-        rows = int(random.choice(3, p=(0.5, 0.3, 0.2))) + 1 if self.family == "llava_next" else 1
-        scenes = [testbed.crowd(random, "train", (rows * side, side)) for _ in range(stage.batch)]
-        images = np.stack([scene.images[0] for scene in scenes])
-        pixels = normalise(images if rows == 1 else base_images(images, side))
-        labels = torch.from_numpy(np.stack([pressed(scene.labels[0], rows).flatten() for scene in scenes]))
+        scenes = [testbed.crowd(random, "train", side) for _ in range(stage.batch)]
+        pixels = normalise(np.stack([scene.images[0] for scene in scenes]))
+        labels = torch.from_numpy(np.stack([scene.labels[0].flatten() for scene in scenes]))
         outputs = self.model.model.vision_tower(pixels, output_hidden_states=True)
         tokens = outputs.hidden_states[self.model.config.vision_feature_layer]
         clip = outputs.get("pooler_output") is not None
@@ -235,25 +232,14 @@ def visual_inputs(family: str, batch: list[Example]) -> dict:
             "pixel_values": normalise(images)[:, None], "image_sizes": sizes, "batch_num_images": [3] * len(batch)
         }  # fmt: skip
     side = TILE[family]
+    base = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    for shape in ((height, side), (side, side)):  # one axis after the other, in whole levels: as PIL does
+        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
     tiles = torch.from_numpy(images).unflatten(1, (-1, side)).unflatten(3, (-1, side))
     tiles = tiles.permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
-    pixels = torch.cat([torch.from_numpy(base_images(images, side))[:, None], tiles], 1)
+    pixels = torch.cat([base.permute(0, 2, 3, 1).to(torch.uint8)[:, None], tiles], 1)
     values = normalise(pixels.flatten(0, 1).numpy())
     return {"pixel_values": values.unflatten(0, pixels.shape[:2]), "image_sizes": sizes}
-
-
-def base_images(images: np.ndarray, side: int) -> np.ndarray:
-    """Images `(n, height, width, 3)` uint8 resized to squares, as LLaVA-NeXT's processor makes its base image."""
-    base = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    for shape in ((base.shape[2], side), (side, side)):  # one axis after the other, in whole levels: as PIL does
-        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
-    return base.permute(0, 2, 3, 1).to(torch.uint8).numpy()
-
-
-def pressed(labels: np.ndarray, rows: int) -> np.ndarray:
-    """Labels of patches when so many rows become one: a digit before a decoy, a decoy before the backdrop."""
-    stacked = labels.reshape(-1, rows, labels.shape[1])
-    return np.where((stacked < BACKDROP).any(1), stacked.min(1), stacked.max(1))
 
 
 def encode(model, family: str, batch: list[Example]) -> list[list[torch.Tensor]]:

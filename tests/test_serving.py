@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import tiny_checkpoint
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.integrations.serving import (
     TokenLayout,
@@ -37,7 +39,8 @@ def test_an_engine_keeps_what_transformers_keeps(family, pruned, pruning):
     layout = TokenLayout(pruned.config)
     for image in family.images(4):
         inputs = family.inputs(["<image>"], [image])
-        encode = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "batch_num_images")}
+        named = ("pixel_values", "image_sizes") if family.has_tiles else ("pixel_values",)
+        encode = {name: inputs[name] for name in named}
         ours = pruned.get_image_features(**encode, pruning=pruning, return_dict=True).pooler_output[0]
         whole = pruned.get_image_features(**encode, pruning=PruningConfig(enabled=False), return_dict=True)
         kinds = seen_kinds(layout(image.height, image.width), pruning)
@@ -45,20 +48,17 @@ def test_an_engine_keeps_what_transformers_keeps(family, pruned, pruning):
         if len(kinds) < len(tokens):  # the base image alone, with the row end that engines append
             tokens = torch.cat([tokens[: len(kinds) - 1], tokens[-1:]])
         kept = tokens[keep_of_image(tokens, kinds, pruning, pruned.codebook)]
-        assert torch.equal(kept, ours)
+        torch.testing.assert_close(kept, ours, rtol=0, atol=2e-4)  # base images alone are another batch
         assert len(kept) == kept_count(kinds, pruning)
 
 
 @given(width=st.integers(8, 400), height=st.integers(8, 400))
-@settings(max_examples=60, deadline=None)
-def test_the_layout_of_any_image_is_that_of_its_features(family, pruned, width, height):
+@settings(max_examples=40, deadline=None)
+def test_the_layout_of_any_image_is_that_of_the_prompt(family, pruned, width, height):
     if not 1 / 12 < width / height < 12:
         return
-    tiles = pruned.model._num_tiles({"image_sizes": [[height, width]], "pixel_values": torch.empty(1, 1, 3, 28, 28)})
-    length = 16
-    values = [torch.zeros(n, length, 1) for n in tiles]
-    packed = pruned.model._pack(values, torch.zeros(1), {"image_sizes": torch.tensor([[height, width]])})
-    assert len(TokenLayout(pruned.config)(height, width)) == len(packed[0])
+    placeholders = family.inputs(["<image>"], [Image.new("RGB", (width, height))]).input_ids == tiny_checkpoint.IMAGE
+    assert len(TokenLayout(pruned.config)(height, width)) == int(placeholders.sum())
 
 
 def refusal(config, **pruning):

@@ -87,11 +87,12 @@ class TokenLayout:
             self._model = headless(config)
         tower = config.vision_config
         self._pixels = torch.empty(1, 1, 3, tower.image_size, tower.image_size, device="meta")
+        self._has_tiles = hasattr(config, "image_grid_pinpoints")
 
     def __call__(self, height: int, width: int) -> torch.Tensor:
         """`(L,)` of BASE, PATCH and NEWLINE for an image of this size in pixels."""
-        sizes = torch.tensor([[height, width]])
-        return self._model.token_kinds(pixel_values=self._pixels, image_sizes=sizes)[0]
+        sizes = {"image_sizes": torch.tensor([[height, width]])} if self._has_tiles else {}
+        return self._model.token_kinds(pixel_values=self._pixels, **sizes)[0]
 
 
 def seen_kinds(kinds: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:

@@ -38,7 +38,8 @@ from ..codebook import RedundancyCodebook
 from .serving import TokenLayout, keep_of_image, kept_count, seen_kinds, served_pruning, with_keep_ratio
 
 
-KINDS, RATIO = "token_kinds", "kept_share"  # what travels with an image from the processor to the model
+# What travels with an image from the processor to the model: what its tokens are, which share stays, how many that is.
+KINDS, RATIO, KEPT = "token_kinds", "keep_ratio", "kept_tokens"
 
 
 # --- front end: how many placeholders ---------------------------------------------------------------------------------
@@ -88,9 +89,11 @@ class RBLProcessor:
         if "pixel_values" in data:
             images = mm_items.get_items("image", ImageProcessorItems)
             sizes = [images.get_image_size(index) for index in range(len(images))]
-            data[KINDS] = [self.info.kinds(size.width, size.height).to(torch.uint8) for size in sizes]
-            share = 1.0 if pruning.keep_ratio is None else pruning.keep_ratio
-            data[RATIO] = torch.full((len(sizes),), share, dtype=torch.float64)
+            kinds = [self.info.kinds(size.width, size.height) for size in sizes]
+            data[KINDS] = [kind.to(torch.uint8) for kind in kinds]
+            data[KEPT] = torch.tensor([kept_count(kind, pruning) for kind in kinds])
+            ratio = 1.0 if pruning.keep_ratio is None else pruning.keep_ratio
+            data[RATIO] = torch.full((len(sizes),), ratio, dtype=torch.float64)
             if pruning.enabled and pruning.tiles == "base" and data["pixel_values"][0].ndim == 4:
                 data["pixel_values"] = [tiles[:1] for tiles in data["pixel_values"]]
         for embeds in data.get("image_embeds", ()):
@@ -101,7 +104,7 @@ class RBLProcessor:
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        for name in (KINDS, RATIO):
+        for name in (KINDS, RATIO, KEPT):
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
@@ -111,12 +114,7 @@ class RBLProcessor:
 
         def placeholders(index: int) -> list[int]:
             item = items[index]
-            if KINDS not in item:
-                return [token] * len(item["image_embeds"].data)
-            pruning = self.info.pruning
-            if pruning.enabled:
-                pruning = with_keep_ratio(pruning, float(item[RATIO].data))
-            return [token] * kept_count(item[KINDS].data, pruning)
+            return [token] * int(item[KEPT].data if KEPT in item else len(item["image_embeds"].data))
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
 
@@ -146,18 +144,21 @@ class RBLModel:
             # Chosen by the caller, of any length; stock would want all of one length, and end the engine if not.
             embeds = kwargs.get("image_embeds")
             return [] if embeds is None else list(embeds)
-        kinds, shares = list(kwargs.pop(KINDS)), [float(share) for share in kwargs.pop(RATIO)]
+        kinds, ratios, counts = (list(kwargs.pop(name)) for name in (KINDS, RATIO, KEPT))
         features = []
         for part in groups([len(kind) for kind in kinds], self.tokens_at_once):
             images = super().embed_multimodal(**{name: value[part] for name, value in kwargs.items()})
-            features += map(self._keep, images, kinds[part], shares[part])
+            features += map(self._keep, images, kinds[part], ratios[part], counts[part])
         return features
 
-    def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, share: float) -> torch.Tensor:
-        pruning = with_keep_ratio(self.pruning, share) if self.pruning.enabled else self.pruning
+    def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, ratio: float, count: int) -> torch.Tensor:
+        pruning = with_keep_ratio(self.pruning, float(ratio)) if self.pruning.enabled else self.pruning
         kept = tokens[keep_of_image(tokens, kinds, pruning, self.codebook)]
-        if len(kept) != (wanted := kept_count(kinds, pruning)):
-            raise ValueError(f"{len(kept)} visual tokens were kept for {wanted} placeholders.")
+        if len(kept) != int(count):
+            raise ValueError(
+                f"{len(kept)} visual tokens were kept for {int(count)} placeholders: processor and model have different "
+                "settings."
+            )
         return kept
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -236,9 +237,7 @@ class LlavaOnevisionRBLProcessor(RBLProcessor, LlavaOnevisionMultiModalProcessor
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaRBLProcessor, info=LlavaRBLInfo, dummy_inputs=LlavaDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(LlavaRBLProcessor, info=LlavaRBLInfo, dummy_inputs=LlavaDummyInputsBuilder)
 class LlavaForConditionalGenerationRBL(RBLModel, LlavaForConditionalGeneration):
     hf_to_vllm_mapper = either_layout(LlavaForConditionalGeneration.hf_to_vllm_mapper)
 

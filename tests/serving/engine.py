@@ -1,0 +1,74 @@
+"""One vLLM engine in a process of its own: `python engine.py JOB.json OUT.json`.
+
+A job: `{"model", "engine": {…}, "rounds": [[{"prompt", "images": [paths], "embeds": [paths], "keep_ratio"}]],
+"max_tokens", "logprobs", "mutation"}`. For every request the answer's ids, the prompt's length, and the likeliest
+tokens' log-probabilities at each step.
+"""
+
+import json
+import sys
+
+import torch
+from PIL import Image
+
+
+def request(asked: dict) -> dict:
+    data = [Image.open(path).convert("RGB") for path in asked.get("images", ())]
+    data += [torch.load(path, weights_only=True) for path in asked.get("embeds", ())]
+    made = {"prompt": asked["prompt"]}
+    if data:
+        made["multi_modal_data"] = {"image": data}
+    if "keep_ratio" in asked:
+        made["mm_processor_kwargs"] = {"keep_ratio": asked["keep_ratio"]}
+    return made
+
+
+def answer(output) -> dict:
+    said = output.outputs[0]
+    steps = [{str(token): entry.logprob for token, entry in step.items()} for step in said.logprobs or ()]
+    return {"ids": list(said.token_ids), "prompt": len(output.prompt_token_ids), "logprobs": steps}
+
+
+def mutate(name: str) -> None:
+    """Break the plugin in one of the ways that vLLM would not notice."""
+    from transformers_rbl.integrations import vllm_models
+
+    right = {"keep": vllm_models.keep_of_image, "count": vllm_models.kept_count}
+
+    def keep(tokens, kinds, pruning, codebook):
+        mask = right["keep"](tokens, kinds, pruning, codebook)
+        if name == "too many":
+            mask = torch.ones_like(mask)
+        if name == "too few":
+            mask[mask.nonzero()[-3:, 0]] = False
+        return mask
+
+    def count(kinds, pruning):
+        return right["count"](kinds, pruning) - (3 if name == "another ratio in the processor" else 0)
+
+    vllm_models.keep_of_image, vllm_models.kept_count = keep, count
+
+
+def main(job_path: str, out_path: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    job = json.load(open(job_path))
+    if job.get("mutation"):
+        mutate(job["mutation"])
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
+    engine = LLM(model=job["model"], limit_mm_per_prompt={"image": 2}, **{**settings, **job.get("engine", {})})
+    sampling = SamplingParams(
+        max_tokens=job.get("max_tokens", 8), temperature=0, ignore_eos=True, logprobs=job.get("logprobs")
+    )
+    rounds = []
+    for asked in job["rounds"]:
+        try:
+            outputs = engine.generate([request(one) for one in asked], sampling, use_tqdm=False)
+            rounds.append([answer(output) for output in outputs])
+        except ValueError as error:
+            rounds.append({"error": str(error)})
+    json.dump(rounds, open(out_path, "w"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

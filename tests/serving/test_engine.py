@@ -1,0 +1,342 @@
+"""vLLM against transformers: the same checkpoint, the same ids. Runs in the environment of `make_environment.sh`."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+pytest.importorskip("vllm", reason="needs vLLM: tests/serving/make_environment.sh makes an environment with it")
+
+import testbed
+from conftest import CLASSES, make_family
+from transformers_rbl import PruningConfig, rbl_class
+
+
+ROOT = Path(__file__).parents[2]
+ENGINE = Path(__file__).with_name("engine.py")
+SIZES = [(28, 28), (50, 56), (30, 88), (90, 31)]
+WORLD = {"width": 128, "heads": 4, "vision_width": 64}  # vLLM's CPU attention knows heads of 32, not of 8
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def served(request, tmp_path_factory):
+    return Served(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def next_served(tmp_path_factory):
+    return Served("llava_next", tmp_path_factory.mktemp("next"))
+
+
+class Served:
+    """A family's checkpoint as our class saves it, the stock one as vLLM's own class reads it, and images."""
+
+    def __init__(self, name, folder):
+        layout = {"vision_aspect_ratio": "anyres_max_9"} if name == "llava_onevision" else {}
+        self.family = make_family(name, folder / "made", **WORLD, **layout)
+        self.family.codebook = type(self.family.codebook)(
+            torch.randn(7, 128, generator=torch.Generator().manual_seed(0))
+        )
+        self.model = self.family.pruned(keep_ratio=0.2)
+        self.folder, self.stock, self.scratch = folder / "pruned", folder / "stock", folder
+        self.model.save_pretrained(self.folder)
+        self.family.processor.save_pretrained(self.folder)
+        old_layout(self.family.folder, self.stock)
+        random = np.random.RandomState(0)
+        self.images = []
+        for number, size in enumerate(SIZES):
+            path = folder / f"{number}.png"
+            Image.fromarray(random.randint(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+            self.images.append(str(path))
+
+    def batch(self, **more) -> list[dict]:
+        """Six prompts: an image each of four sizes, two images, none."""
+        one = [
+            {"prompt": f"<s>USER: <image>\nWhat {word}? ASSISTANT:", "images": [image], **more}
+            for word, image in zip(("is it", "colour has it", "moves", "now"), self.images)
+        ]
+        two = {"prompt": "<s>USER: see <image> and <image>. ASSISTANT:", "images": self.images[1:3], **more}
+        return [*one, two, {"prompt": "<s>USER: no picture here. ASSISTANT:"}]
+
+    @torch.no_grad()
+    def expected(self, request: dict, keep_ratio: float, model=None, tokens: int = 8) -> list[int]:
+        images = [Image.open(path).convert("RGB") for path in request.get("images", ())]
+        inputs = self.family.processor(images=images or None, text=[request["prompt"]], return_tensors="pt")
+        out = (model or self.model).generate(
+            **inputs, pruning=PruningConfig(keep_ratio=keep_ratio), max_new_tokens=tokens, min_new_tokens=tokens,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+        return out[0, inputs.input_ids.shape[1] :].tolist()
+
+    def run(self, rounds, model=None, processes=False, expect_failure=False, **job):
+        path, out = self.scratch / "job.json", self.scratch / "out.json"
+        path.write_text(json.dumps({"model": str(model or self.folder), "rounds": rounds, **job}))
+        out.unlink(missing_ok=True)
+        env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
+        done = subprocess.run([sys.executable, ENGINE, path, out], env=env, capture_output=True, text=True, timeout=400)
+        if expect_failure:
+            return done.stdout + done.stderr if not out.exists() else json.loads(out.read_text())
+        assert out.exists(), done.stdout[-3000:] + done.stderr[-6000:]
+        return json.loads(out.read_text())
+
+
+def old_layout(source, target) -> None:
+    """A stock checkpoint as stock vLLM 0.32 reads it: transformers 5 writes vision towers one level higher."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): w for name, w in weights.items()}
+    (target / "model.safetensors").unlink()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_greedy_ids_are_those_of_transformers(served):
+    """At 20% and, asked per request, 10%; alone and in batches; prefix cache cold and warm; prefill in chunks (the
+    longest prompts have more than 64 tokens)."""
+    batch = served.batch()
+    tight = [{**request, "keep_ratio": 0.1} for request in batch[:5]]
+    alone = [[request] for request in batch]
+    rounds = served.run(
+        [batch, batch, tight, *alone], processes=served.family.name == "llava_next",
+        engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True},
+    )  # fmt: skip
+    wanted = [served.expected(request, 0.2) for request in batch]
+    assert len({tuple(ids) for ids in wanted}) >= 5, "the answers hardly depend on the images"
+    for found in (rounds[0], rounds[1], [one[0] for one in rounds[3:]]):
+        assert [answer["ids"] for answer in found] == wanted
+    assert [answer["ids"] for answer in rounds[2]] == [served.expected(request, 0.1) for request in tight]
+    assert all(few["prompt"] < more["prompt"] for few, more in zip(rounds[2][1:4], rounds[0][1:4]))
+    assert max(answer["prompt"] for answer in rounds[0]) > 64
+
+
+def test_keeping_all_gives_the_log_probabilities_of_stock_vllm(served):
+    batch = served.batch()
+    ours = served.run([batch], engine={"hf_overrides": {"pruning": {"keep_ratio": 1.0}}}, logprobs=5)[0]
+    stock = served.run([batch], model=served.stock, logprobs=5)[0]
+    for a, b in zip(ours, stock, strict=True):
+        assert (a["ids"], a["prompt"]) == (b["ids"], b["prompt"])
+        for left, right in zip(a["logprobs"], b["logprobs"], strict=True):
+            assert left.keys() == right.keys()
+            assert max(abs(left[token] - right[token]) for token in left) < 1e-4
+
+
+def test_other_settings_and_half_precision(next_served):
+    """Base image only, one row end; and a model in bfloat16, whose codebook stays float32."""
+    pruning = {"keep_ratio": 0.4, "tiles": "base", "newlines": "last"}
+    batch = next_served.batch()
+    found = next_served.run([batch], engine={"hf_overrides": {"pruning": pruning}})[0]
+    model = next_served.family.pruned(keep_ratio=None, pruning=pruning)
+    for request, answer in zip(batch, found):
+        images = [Image.open(path).convert("RGB") for path in request.get("images", ())]
+        inputs = next_served.family.processor(images=images or None, text=[request["prompt"]], return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert answer["ids"] == out[0, inputs.input_ids.shape[1] :].tolist()
+    half = next_served.run([batch], engine={"dtype": "bfloat16"})[0]
+    assert [a["prompt"] for a in half] == [a["prompt"] for a in next_served.run([batch])[0]]
+
+
+def test_tokens_chosen_outside_come_as_embeddings_of_any_length(next_served):
+    """What a threshold keeps: pruning is off in the engine, lengths differ within a batch."""
+    rule, requests, wanted = PruningConfig(threshold=0.05), [], []
+    for number, path in enumerate(next_served.images):
+        inputs = next_served.family.processor(images=[Image.open(path)], text=["<image>"], return_tensors="pt")
+        features = next_served.model.get_image_features(
+            pixel_values=inputs.pixel_values, image_sizes=inputs.image_sizes, pruning=rule, return_dict=True
+        )
+        embeds = next_served.scratch / f"{number}.pt"
+        torch.save(features.pooler_output[0].detach(), embeds)
+        prompt = "<s>USER: <image>\nWhat is it? ASSISTANT:"
+        requests.append({"prompt": prompt, "embeds": [str(embeds)]})
+        whole = next_served.family.processor(images=[Image.open(path)], text=[prompt], return_tensors="pt")
+        out = next_served.model.generate(
+            **whole, pruning=rule, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        wanted.append(out[0, whole.input_ids.shape[1] :].tolist())
+    lengths = [len(torch.load(request["embeds"][0])) for request in requests]
+    assert len(set(lengths)) > 1
+    wide = next_served.scratch / "wide.pt"
+    torch.save(torch.randn(5, 64), wide)
+    off = {"hf_overrides": {"pruning": {"enabled": False}}, "enable_mm_embeds": True}
+    found, refused, again = next_served.run(
+        [requests, [{"prompt": requests[0]["prompt"], "embeds": [str(wide)]}], requests[:1]], engine=off
+    )
+    assert [answer["ids"] for answer in found] == wanted
+    assert "(tokens, 128)" in refused["error"] and again[0]["ids"] == wanted[0]
+
+
+@pytest.mark.parametrize("mutation", ["too many", "too few", "another ratio in the processor"])
+def test_features_that_do_not_fit_their_placeholders_end_in_an_error(next_served, mutation):
+    result = next_served.run([next_served.batch()[1:2]], mutation=mutation, expect_failure=True)
+    assert "placeholders" in (result[0]["error"] if isinstance(result, list) else result)
+
+
+def broken(served, change) -> Path:
+    folder = served.scratch / "broken"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(served.folder, folder)
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(weights, config)
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without_prototypes(weights, config):
+    del weights["model.codebook.prototypes"]
+
+
+def of_another_width(weights, config):
+    weights["model.codebook.prototypes"] = torch.randn(7, 64)
+
+
+def without_codebook(weights, config):
+    without_prototypes(weights, config)
+    config["num_prototypes"] = config["codebook"] = None
+
+
+def with_a_threshold(weights, config):
+    config["pruning"] = {"threshold": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without_prototypes, "hold no prototypes"),
+        (of_another_width, "prototypes are \\(7, 64\\)"),
+        (without_codebook, "holds no codebook"),
+        (with_a_threshold, "rbl calibrate"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_served_is_refused_at_start(next_served, change, words):
+    result = next_served.run([next_served.batch()[:1]], model=broken(next_served, change), expect_failure=True)
+    assert isinstance(result, str)
+    assert re.search(words, result), result[-3000:]
+
+
+def test_bad_requests_are_refused_and_the_engine_goes_on(next_served):
+    good = next_served.batch()[:1]
+    rounds = next_served.run(
+        [
+            [{**good[0], "keep_ratio": 0.5}],
+            [{**good[0], "keep_ratio": 0}],
+            [{**good[0], "images": next_served.images[:2]}],
+            good,
+        ]
+    )
+    assert "reserved memory" in rounds[0]["error"]
+    assert "in (0, 1]" in rounds[1]["error"]
+    assert "error" in rounds[2]
+    assert rounds[3][0]["ids"] == next_served.expected(good[0], 0.2)
+
+
+class Server:
+    """`vllm serve`, as a user starts it."""
+
+    def __init__(self, model, *options, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = open(Path(model).parent / f"serve-{self.port}.log", "w+")
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port",
+             str(self.port), "--served-model-name", "rbl", "--enforce-eager", "--max-model-len", "1024",
+             "--max-num-seqs", "8", *options],
+            env={**os.environ, **ENVIRONMENT, **environment}, stdout=self.log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def __enter__(self):
+        from openai import OpenAI
+
+        until = time.monotonic() + 300
+        while True:
+            assert self.process.poll() is None and time.monotonic() < until, self.said()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
+
+    def __exit__(self, *error):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-6000:]
+
+
+def test_concurrent_requests_to_a_server_equal_requests_one_by_one(next_served):
+    import base64
+
+    def ask(number, **extra):
+        picture = base64.b64encode(Path(next_served.images[number % 4]).read_bytes()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "text", "text": f"What is it, {number}?"},
+        ]
+        reply = client.chat.completions.create(
+            model="rbl", messages=[{"role": "user", "content": content}], max_tokens=8, temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True, **extra},
+        )  # fmt: skip
+        return reply.choices[0].token_ids, reply.usage.prompt_tokens
+
+    with Server(next_served.folder, "--dtype", "float32") as client:
+        alone = [ask(number) for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, range(8))) == alone
+        fewer = ask(1, mm_processor_kwargs={"keep_ratio": 0.1})
+        assert fewer[1] < alone[1][1]
+        prompt = "<s>USER: <image>\nWhat is it, 1? ASSISTANT:"
+        request = {"prompt": prompt, "images": next_served.images[1:2]}
+        assert alone[1][0] == next_served.expected(request, 0.2) and fewer[0] == next_served.expected(request, 0.1)
+        with pytest.raises(Exception, match="reserved memory"):
+            ask(1, mm_processor_kwargs={"keep_ratio": 0.9})
+        assert ask(2) == alone[2]
+
+
+def test_the_committed_testbed_answers_as_in_transformers(tmp_path):
+    folder = ROOT / "codebooks" / "digits-llava-next"
+    model = rbl_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    requests, wanted, right = [], [], []
+    for number, example in enumerate(testbed.examples("llava_next", "image", "test", 12, 7)):
+        path = tmp_path / f"{number}.png"
+        example.pictures()[0].save(path)
+        for _, question, reply in example.questions:
+            prompt = f"<s>USER: <image> {question} ASSISTANT:"
+            requests.append({"prompt": prompt, "images": [str(path)]})
+            inputs = processor(images=[Image.open(path)], text=[prompt], return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)
+            wanted.append(out[0, inputs.input_ids.shape[1] :].tolist())
+            right.append(processor.tokenizer(reply).input_ids + [processor.tokenizer.eos_token_id])
+    job, out = tmp_path / "job.json", tmp_path / "out.json"
+    job.write_text(json.dumps({"model": str(folder), "rounds": [requests], "max_tokens": 5}))
+    env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    subprocess.run([sys.executable, ENGINE, job, out], env=env, check=True, capture_output=True, timeout=400)
+    found = [answer["ids"] for answer in json.loads(out.read_text())[0]]
+    assert found == wanted
+    share = np.mean([ids[: len(answer)] == answer for ids, answer in zip(found, right, strict=True)])
+    assert share > 0.6
