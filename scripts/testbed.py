@@ -514,6 +514,7 @@ def write_questions(
     count: Annotated[int, typer.Option(min=1, help="Examples, of four questions each.")] = 50,
     split: Annotated[str, typer.Option(help=", ".join(SPLITS))] = "test",
     seed: Annotated[int, typer.Option(min=0)] = 100,
+    task: Annotated[str | None, typer.Option(help="Make the folder an lmms-eval task of this name, too.")] = None,
 ) -> None:
     """`questions.jsonl` with its images, as `rbl evaluate` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -527,6 +528,36 @@ def write_questions(
             row = {"image": names, "question": f"{images} {question}", "answer": reply, "kind": kind}
             lines.append(json.dumps(row))
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    if task is not None:
+        (folder / f"{task}.yaml").write_text(TASK.format(task=task, questions=(folder / "questions.jsonl").resolve()))
+        (folder / "utils.py").write_text(TASK_FUNCTIONS)
+
+
+TASK = """task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{questions}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.images
+doc_to_text: question
+doc_to_target: answer
+process_results: !function utils.score
+generation_kwargs: {{max_new_tokens: 16, do_sample: false}}
+metric_list: [{{metric: exact, aggregation: mean, higher_is_better: true}}]
+metadata: [{{version: 1.0}}]
+"""
+TASK_FUNCTIONS = """from pathlib import Path
+
+from PIL import Image
+
+
+def images(doc):
+    return [Image.open(Path(__file__).with_name(name)).convert("RGB") for name in doc["image"]]
+
+
+def score(doc, results):
+    return {"exact": float(results[0].strip() == doc["answer"])}
+"""
 
 
 if __name__ == "__main__":

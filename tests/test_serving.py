@@ -1,4 +1,4 @@
-"""What engines are told before they see an image, without an engine. With one: tests/serving."""
+"""What engines are told before they see an image, without an engine. With one: tests/engines."""
 
 import json
 from importlib.metadata import entry_points

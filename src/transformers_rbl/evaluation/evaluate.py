@@ -19,7 +19,6 @@ from .timing import timed_prefill
 
 OFF = PruningConfig(enabled=False)
 TIMED_QUESTIONS = 8
-PLACEHOLDER = "<image>"  # in a question's text: where its next image stands
 
 
 @dataclass
@@ -164,20 +163,28 @@ def prompt_inputs(processor, question: Question, suffix: str, device, dtype):
     Raises:
         ValueError: if the text has placeholders, but not as many as images.
     """
-    parts = f"{question.text} {suffix}".strip().split(PLACEHOLDER)
+    prompt = prompt_text(processor, f"{question.text} {suffix}".strip(), len(question.images))
+    return processor(images=[question.images], text=[prompt], return_tensors="pt").to(device, dtype)
+
+
+def prompt_text(processor, text: str, count: int, modality: str = "image") -> str:
+    """A question as a prompt with `count` images or videos: where `<image>` or `<video>` stands in it, or before it.
+
+    Raises:
+        ValueError: if the text has placeholders, but not that many.
+    """
+    placeholder = f"<{modality}>"
+    parts = text.split(placeholder)
     if len(parts) == 1:
-        parts = [""] * len(question.images) + parts
-    if len(parts) - 1 != len(question.images):
-        raise ValueError(
-            f"{question.text!r} has {len(parts) - 1} times {PLACEHOLDER}, but comes with {len(question.images)} images."
-        )
+        parts = [""] * count + parts
+    if len(parts) - 1 != count:
+        raise ValueError(f"{text!r} has {len(parts) - 1} times {placeholder}, but comes with {count} {modality}s.")
     content = []
     for number, part in enumerate(parts):
-        content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": part.strip()}] * bool(part.strip())
+        content += [{"type": modality}] * (number > 0) + [{"type": "text", "text": part.strip()}] * bool(part.strip())
     if getattr(processor, "chat_template", None) is None:
-        prompt = "\n".join(processor.image_token if item["type"] == "image" else item["text"] for item in content)
-    else:
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    return processor(images=[question.images], text=[prompt], return_tensors="pt").to(device, dtype)
+        token = getattr(processor, f"{modality}_token")
+        return "\n".join(token if item["type"] == modality else item["text"] for item in content)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )

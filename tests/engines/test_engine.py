@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
-pytest.importorskip("vllm", reason="needs vLLM: tests/serving/make_environment.sh makes an environment with it")
+pytest.importorskip("vllm", reason="needs vLLM: tests/engines/make_environment.sh makes an environment with it")
 
 import testbed
 from conftest import CLASSES, make_family
@@ -331,7 +331,7 @@ def test_the_committed_testbed_answers_as_in_transformers(tmp_path):
             inputs = processor(images=[Image.open(path)], text=[prompt], return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)
             wanted.append(out[0, inputs.input_ids.shape[1] :].tolist())
-            right.append(processor.tokenizer(reply).input_ids + [processor.tokenizer.eos_token_id])
+            right.append([*processor.tokenizer(reply).input_ids, processor.tokenizer.eos_token_id])
     job, out = tmp_path / "job.json", tmp_path / "out.json"
     job.write_text(json.dumps({"model": str(folder), "rounds": [requests], "max_tokens": 5}))
     env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
