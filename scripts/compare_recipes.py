@@ -1,0 +1,137 @@
+"""What each step of building a codebook is worth: the recipe changed in one thing at a time, on validation examples.
+
+python scripts/compare_recipes.py outputs/testbed-next/window --images outputs/images --out outputs/recipes
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+import yaml
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import testbed
+from compare_rules import (
+    accuracy,
+    encode_all,
+    library_rule,
+    oracle,
+    scored_rule,
+    unselected_codebooks,
+)
+from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
+from transformers_rbl.building.recipe import Recipe
+from transformers_rbl.cli import app
+from transformers_rbl.evaluation.metrics import paired_ratio_interval
+
+
+RETENTIONS = (0.22, 0.15, 0.1, 0.05)
+# What is changed in the recipe. Those of the first kind probe anew, the others select from the base recipe's records.
+PROBES = {
+    "a left-out token becomes pad": {"replacement": "pad"},
+    "a left-out token is removed": {"replacement": "remove"},
+}
+SELECTIONS = {
+    "upstream's absolute thresholds": {"thresholds": "absolute", "max_p1": 0.15, "max_divergence": 2e-3},
+    "by p1 alone": {"max_divergence": 1.0},
+    "by divergence alone": {"max_p1": 1.0},
+    "neither: every probed token": {"max_p1": 1.0, "max_divergence": 1.0, "min_unique_images": 0},
+    "Jensen-Shannon divergence": {"divergence": "jensen_shannon"},
+    "with the cluster-size rule": {"max_cluster_size": 8},
+    "without the unique-image rule": {"min_unique_images": 0},
+    "every token of a cluster": {"tokens_per_cluster": None},
+}
+
+
+def build(model: Path, recipe: Recipe, changed: dict, folder: Path, *options: str) -> str | None:
+    """`rbl build`; the error's text if no prototype was left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump({**recipe.to_dict(), **changed}))
+    command = [
+        "build",
+        "--model",
+        str(model),
+        "--recipe",
+        str(path),
+        "--dtype",
+        "float32",
+        "--out",
+        str(folder),
+        *options,
+    ]
+    result = CliRunner().invoke(app, command)
+    return None if result.exit_code == 0 else " ".join(result.output.split())
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A testbed checkpoint.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, of `scripts/testbed.py images`.")],
+    out: Annotated[Path, typer.Option(help="Folder for codebooks and results.json.")],
+    recipe: Annotated[str, typer.Option(help="What is changed: a preset or a file.")] = "digits",
+    count: Annotated[int, typer.Option(help="Validation examples, of four questions each.")] = 200,
+    kind: Annotated[str, typer.Option(help="image, images or video.")] = "image",
+) -> None:
+    """Accuracy with codebooks that were built otherwise."""
+    torch.set_num_threads(1)
+    base = Recipe.load(recipe)
+    books: dict[str, RedundancyCodebook | str] = {}
+    folder = out / "as it is"
+    found = build(model, base, {}, folder, "--images", str(images))
+    books["as it is"] = found or RedundancyCodebook.from_pretrained(folder)
+    for name, changed in {**PROBES, **SELECTIONS}.items():
+        source = ["--images", str(images)] if name in PROBES else ["--from-records", str(folder / "records")]
+        found = build(model, base, changed, out / name.replace("/", "-"), *source)
+        books[name] = found or RedundancyCodebook.from_pretrained(out / name)
+
+    loaded = rbl_class(model).from_pretrained(model, pruning={"enabled": False}, dtype="float32").eval()
+    family, tokenizer = loaded.config.model_type.removesuffix("_rbl"), AutoTokenizer.from_pretrained(model)
+    encoded = encode_all(loaded, family, list(testbed.examples(family, kind, "validation", count, 100)))
+    train = encode_all(loaded, family, list(testbed.examples(family, kind, "train", 60, 1)))
+    size = len(books["as it is"].prototypes)
+    for seed in range(3):
+        books[f"random tokens, draw {seed + 1}"] = unselected_codebooks(train, size, seed)["random tokens"]
+
+    def shares(make) -> list[tuple[float, float, float]]:
+        cells = []
+        for ratio in RETENTIONS:
+            right = accuracy(loaded, tokenizer, encoded, make(ratio))[0].float().mean(1).numpy()
+            cells.append((right.mean() / full.mean(), *paired_ratio_interval(right, full)))
+        return cells
+
+    with torch.no_grad():
+        everything = accuracy(loaded, tokenizer, encoded, lambda item: torch.ones(len(item.tokens), dtype=torch.bool))[
+            0
+        ]
+        full = everything.float().mean(1).numpy()
+        rows = []
+        for name, book in books.items():
+            if isinstance(book, str):
+                rows.append((name, 0, book, None))
+                continue
+            rule = lambda ratio, book=book: library_rule(PruningConfig(keep_ratio=ratio), book)  # noqa: E731
+            rows.append((name, len(book.prototypes), "", shares(rule)))
+        double = lambda ratio: library_rule(  # noqa: E731
+            PruningConfig(keep_ratio=ratio, score="double_softmax"), books["as it is"]
+        )
+        rows.append(("as it is, double softmax", size, "", shares(double)))
+        rows.append(("oracle", 0, "", shares(lambda ratio: scored_rule(oracle, ratio))))
+    print(f"Unpruned: {full.mean():.1%} of {len(encoded)} examples.\n")
+    print("| codebook | prototypes | " + " | ".join(f"{ratio:.0%}" for ratio in RETENTIONS) + " |")
+    print("| --- |" + " --- |" * (len(RETENTIONS) + 1))
+    for name, prototypes, error, cells in rows:
+        shown = [error] if cells is None else [f"{100 * m:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for m, a, b in cells]
+        print(f"| {name} | {prototypes or ''} | " + " | ".join(shown) + " |")
+    content = {"model": model.name, "recipe": base.to_dict(), "examples": count, "unpruned": float(np.mean(full)),
+               "rows": [{"name": n, "prototypes": p, "error": e, "shares": c} for n, p, e, c in rows]}  # fmt: skip
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
