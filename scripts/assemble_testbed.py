@@ -15,6 +15,7 @@ import torch
 import typer
 from transformers import AutoProcessor
 
+import testbed
 from transformers_rbl import RedundancyCodebook, rbl_class
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.building.inspection import provenance_of
@@ -45,11 +46,21 @@ def main(
     if (asked := images / "questions.jsonl").is_file():
         lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
         (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    family = model.config.stock_model_type()
+    asked = {
+        f"- {kind}: {question}"
+        for kind in testbed.KINDS[family]
+        for _, question, _ in next(testbed.examples(family, kind, "train", 1, 0)).questions
+    }
+    questions = "\n".join(sorted(asked))
     card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
 Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/testbed.py`). It answers "which digits are there?", "how many digits are there?", "which digit is
-leftmost?" and "which digit is largest?", and nothing else. {note}
+asks about (`scripts/testbed.py`). It answers questions like these, in these words, and nothing else:
+
+{questions}
+
+{note}
 """
     card.content = card.content.rstrip() + "\n" + text
     card.save(out / "README.md")

@@ -49,23 +49,12 @@ SELECTIONS = {
 }
 
 
-def build(model: Path, recipe: Recipe, changed: dict, folder: Path, *options: str) -> str | None:
+def build(recipe: Recipe, changed: dict, folder: Path, *options: str) -> str | None:
     """`rbl build`; the error's text if no prototype was left."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "changed.yaml"
     path.write_text(yaml.safe_dump({**recipe.to_dict(), **changed}))
-    command = [
-        "build",
-        "--model",
-        str(model),
-        "--recipe",
-        str(path),
-        "--dtype",
-        "float32",
-        "--out",
-        str(folder),
-        *options,
-    ]
+    command = ["build", "--recipe", str(path), "--out", str(folder), *options]
     result = CliRunner().invoke(app, command)
     return None if result.exit_code == 0 else " ".join(result.output.split())
 
@@ -83,11 +72,12 @@ def main(
     base = Recipe.load(recipe)
     books: dict[str, RedundancyCodebook | str] = {}
     folder = out / "as it is"
-    found = build(model, base, {}, folder, "--images", str(images))
+    probing = ["--model", str(model), "--dtype", "float32", "--images", str(images)]
+    found = build(base, {}, folder, *probing)
     books["as it is"] = found or RedundancyCodebook.from_pretrained(folder)
     for name, changed in {**PROBES, **SELECTIONS}.items():
-        source = ["--images", str(images)] if name in PROBES else ["--from-records", str(folder / "records")]
-        found = build(model, base, changed, out / name.replace("/", "-"), *source)
+        source = probing if name in PROBES else ["--from-records", str(folder / "records")]
+        found = build(base, changed, out / name, *source)
         books[name] = found or RedundancyCodebook.from_pretrained(out / name)
 
     loaded = rbl_class(model).from_pretrained(model, pruning={"enabled": False}, dtype="float32").eval()

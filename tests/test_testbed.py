@@ -1,17 +1,22 @@
 """The trained testbed: what its splits keep apart, that training sees what processors give, and that it resumes."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from typer.testing import CliRunner
 
 import testbed
 import tiny_checkpoint
 import train_testbed
 from testbed import BACKDROP, KINDS, SPLITS, TILE
 from train_testbed import Stage, Trainer, inside, token_centres, visual_inputs
+from transformers_rbl.cli import app
+from transformers_rbl.evaluation.metrics import bootstrap_interval
 
 
 EVERY = [(family, kind) for family, kinds in KINDS.items() for kind in kinds]
@@ -127,3 +132,35 @@ def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, mon
     assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight)
     assert not (tmp_path / "killed" / "state.pt").exists()
     assert (tmp_path / "killed" / "answer" / "model.safetensors").exists()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_whole_chain_from_images_to_the_committed_accuracy(tmp_path):
+    """`rbl build` on the committed checkpoint and its own images, then `rbl evaluate` by stock processing and
+    `generate`: as accurate as the results page says of the same questions, and better than chance selection."""
+    checkpoint = ROOT / "codebooks" / "digits-llava-next"
+    committed = json.loads((ROOT / "docs" / "results" / "testbed" / "next-seed0.json").read_text())
+    rows = {(row["rule"], row["wanted"]): row["right"] for row in committed["results"]}
+    about, count = committed["about"], 50
+
+    def run(*command):
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        assert result.exit_code == 0, result.output
+
+    run("build", "--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype", "float32",
+        "--out", tmp_path / "book", "--keep-ratio", 0.15)  # fmt: skip
+    testbed.write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
+    questions = tmp_path / "asked" / "questions.jsonl"
+    run("evaluate", "--model", checkpoint, "--codebook", tmp_path / "book", "--data", questions,
+        "--metric", "exact", "--score", "cosine", "--score", "random", "--keep-ratio", 0.15, "--dtype", "float32",
+        "--out", tmp_path / "evaluation")  # fmt: skip
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
+    found = [100 * float(np.mean(result["correct"]["exact"])) for result in results]
+    for rule, accuracy in zip((("unpruned", 1.0), ("codebook: codebook", 0.15)), found):
+        shares = np.array([[int(bit) for bit in bits] for bits in rows[rule][:count]]).mean(1)
+        low, high = bootstrap_interval(100 * shares)
+        assert low <= accuracy <= high, rule
+    assert found[1] > found[2] + 30
