@@ -44,6 +44,7 @@ SELECTIONS = {
     "neither: every probed token": {"max_p1": 1.0, "max_divergence": 1.0, "min_unique_images": 0},
     "Jensen-Shannon divergence": {"divergence": "jensen_shannon"},
     "with the cluster-size rule": {"max_cluster_size": 8},
+    "without the cluster-size rule": {"max_cluster_size": None},
     "without the unique-image rule": {"min_unique_images": 0},
     "every token of a cluster": {"tokens_per_cluster": None},
 }

@@ -65,7 +65,7 @@ def main(job_path: str, out_path: str) -> None:
         try:
             outputs = engine.generate([request(one) for one in asked], sampling, use_tqdm=False)
             rounds.append([answer(output) for output in outputs])
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # vLLM asserts that prompts and images match
             rounds.append({"error": str(error)})
     json.dump(rounds, open(out_path, "w"))
 

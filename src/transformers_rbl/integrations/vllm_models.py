@@ -96,10 +96,6 @@ class RBLProcessor:
             data[RATIO] = torch.full((len(sizes),), ratio, dtype=torch.float64)
             if pruning.enabled and pruning.tiles == "base" and data["pixel_values"][0].ndim == 4:
                 data["pixel_values"] = [tiles[:1] for tiles in data["pixel_values"]]
-        for embeds in data.get("image_embeds", ()):
-            width = self.info.get_hf_config().text_config.hidden_size
-            if embeds.ndim != 2 or embeds.shape[1] != width or len(embeds) == 0:
-                raise ValueError(f"image_embeds of one image are (tokens, {width}); got {tuple(embeds.shape)}.")
         return data
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
