@@ -6,6 +6,7 @@ python scripts/compare_recipes.py outputs/testbed-next/window --images outputs/i
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,10 @@ def build(recipe: Recipe, changed: dict, folder: Path, *options: str) -> str | N
     return None if result.exit_code == 0 else " ".join(result.output.split())
 
 
+def rule(book: RedundancyCodebook, ratio: float, score: str = "cosine"):
+    return library_rule(PruningConfig(keep_ratio=ratio, score=score), book)
+
+
 def main(
     model: Annotated[Path, typer.Argument(help="A testbed checkpoint.")],
     images: Annotated[Path, typer.Option(help="Folder of images, of `scripts/testbed.py images`.")],
@@ -106,12 +111,10 @@ def main(
             if isinstance(book, str):
                 rows.append((name, 0, book, None))
                 continue
-            rule = lambda ratio, book=book: library_rule(PruningConfig(keep_ratio=ratio), book)  # noqa: E731
-            rows.append((name, len(book.prototypes), "", shares(rule)))
-        double = lambda ratio: library_rule(  # noqa: E731
-            PruningConfig(keep_ratio=ratio, score="double_softmax"), books["as it is"]
+            rows.append((name, len(book.prototypes), "", shares(partial(rule, book))))
+        rows.append(
+            ("as it is, double softmax", size, "", shares(partial(rule, books["as it is"], score="double_softmax")))
         )
-        rows.append(("as it is, double softmax", size, "", shares(double)))
         rows.append(("oracle", 0, "", shares(lambda ratio: scored_rule(oracle, ratio))))
     print(f"Unpruned: {full.mean():.1%} of {len(encoded)} examples.\n")
     print("| codebook | prototypes | " + " | ".join(f"{ratio:.0%}" for ratio in RETENTIONS) + " |")

@@ -20,8 +20,8 @@ class DeclareOperators(MetaPathFinder):
             self.library = torch.library.Library("torchvision", "DEF")
             for operator in OPERATORS:
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys.modules[__name__].keep_alive = self.library
         return None
 
 
-sys.meta_path.insert(0, DeclareOperators())
+FINDER = DeclareOperators()  # kept, since the operators go when their library does
+sys.meta_path.insert(0, FINDER)
