@@ -71,22 +71,14 @@ def make_checkpoints(folder: Path, preset: str, keep_ratio: float) -> dict[str, 
 class Server:
     """`vllm serve` on a free port of this machine, and what it says of itself."""
 
-    def __init__(self, model: Path, device: str, log: Path, concurrency: int):
+    def __init__(self, model: Path, log: Path, *options: str, **environment: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        options = ["--max-model-len", "4096", "--max-num-seqs", str(concurrency), "--no-enable-prefix-caching",
-                   "--mm-processor-cache-gb", "0", "--skip-mm-profiling"]  # fmt: skip
-        if device == "cuda":
-            options += ["--gpu-memory-utilization", "0.45"]
-        else:
-            options += ["--dtype", "float32", "--enforce-eager"]
-        env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"}
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port",
              self.url.rsplit(":", 1)[1], "--served-model-name", "rbl", *options],
-            env=env, stdout=log.open("w"), stderr=subprocess.STDOUT,
+            env={**os.environ, **environment}, stdout=log.open("w"), stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.log, self.client = log, OpenAI(base_url=f"{self.url}/v1", api_key="none")
 
@@ -175,11 +167,15 @@ def main(
 ) -> None:
     """Serve a stock and a pruned checkpoint with vLLM and compare them."""
     random, found = np.random.default_rng(0), {"stock": [], "pruned": []}
+    options = ["--max-model-len", "4096", "--max-num-seqs", str(concurrency), "--no-enable-prefix-caching",
+               "--mm-processor-cache-gb", "0", "--skip-mm-profiling"]  # fmt: skip
+    options += ["--gpu-memory-utilization", "0.45"] if device == "cuda" else ["--dtype", "float32", "--enforce-eager"]
+    env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
     with tempfile.TemporaryDirectory() as scratch:
         servers = {}
         try:
             for name, path in make_checkpoints(Path(scratch), preset, keep_ratio).items():
-                servers[name] = Server(path, device, Path(scratch, f"{name}.log"), concurrency)
+                servers[name] = Server(path, Path(scratch, f"{name}.log"), *options, **env)
                 servers[name].wait()
             for number in range(rounds + 1):
                 pictures = [picture(random) for _ in range(concurrency)]

@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own: `python engine.py JOB.json OUT.json`.
 
-A job: `{"model", "engine": {…}, "rounds": [[{"prompt", "images": [paths], "embeds": [paths], "keep_ratio"}]],
+A job: `{"model", "engine": {…}, "rounds": [[{"prompt", "images": [paths], "embeds": [paths], "frames", "keep_ratio"}]],
 "max_tokens", "logprobs", "mutation"}`. For every request the answer's ids, the prompt's length, and the likeliest
 tokens' log-probabilities at each step.
 """
@@ -8,6 +8,7 @@ tokens' log-probabilities at each step.
 import json
 import sys
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,6 +19,8 @@ def request(asked: dict) -> dict:
     made = {"prompt": asked["prompt"]}
     if data:
         made["multi_modal_data"] = {"image": data}
+    if "frames" in asked:
+        made["multi_modal_data"] = {"video": np.zeros((asked["frames"], 32, 32, 3), np.uint8)}
     if "keep_ratio" in asked:
         made["mm_processor_kwargs"] = {"keep_ratio": asked["keep_ratio"]}
     return made

@@ -1,14 +1,13 @@
 """vLLM against transformers: the same checkpoint, the same ids. Runs in the environment of `make_environment.sh`."""
 
+import base64
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("vllm", reason="needs vLLM: tests/engines/make_environment.sh makes an environment with it")
 
 import testbed
+from benchmark_serving import Server
 from conftest import CLASSES, make_family
 from transformers_rbl import PruningConfig, rbl_class
 
@@ -116,16 +116,18 @@ def test_greedy_ids_are_those_of_transformers(served):
     tight = [{**request, "keep_ratio": 0.1} for request in batch[:5]]
     alone = [[request] for request in batch]
     rounds = served.run(
-        [batch, batch, tight, *alone], processes=served.family.name == "llava_next",
+        [batch, batch, tight, *alone, [{"prompt": "<s>USER: <video>\nWhat moves? ASSISTANT:", "frames": 4}]],
+        processes=served.family.name == "llava_next",
         engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True},
     )  # fmt: skip
     wanted = [served.expected(request, 0.2) for request in batch]
     assert len({tuple(ids) for ids in wanted}) >= 5, "the answers hardly depend on the images"
-    for found in (rounds[0], rounds[1], [one[0] for one in rounds[3:]]):
+    for found in (rounds[0], rounds[1], [one[0] for one in rounds[3:9]]):
         assert [answer["ids"] for answer in found] == wanted
     assert [answer["ids"] for answer in rounds[2]] == [served.expected(request, 0.1) for request in tight]
     assert all(few["prompt"] < more["prompt"] for few, more in zip(rounds[2][1:4], rounds[0][1:4]))
     assert max(answer["prompt"] for answer in rounds[0]) > 64
+    assert "video" in rounds[9]["error"]
 
 
 def test_keeping_all_gives_the_log_probabilities_of_stock_vllm(served):
@@ -249,74 +251,61 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(next_served):
     assert rounds[3][0]["ids"] == next_served.expected(good[0], 0.2)
 
 
-class Server:
-    """`vllm serve`, as a user starts it."""
-
-    def __init__(self, model, *options, **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = open(Path(model).parent / f"serve-{self.port}.log", "w+")
-        self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port",
-             str(self.port), "--served-model-name", "rbl", "--enforce-eager", "--max-model-len", "1024",
-             "--max-num-seqs", "8", *options],
-            env={**os.environ, **ENVIRONMENT, **environment}, stdout=self.log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def __enter__(self):
-        from openai import OpenAI
-
-        until = time.monotonic() + 300
-        while True:
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
-        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
-
-    def __exit__(self, *error):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read()[-6000:]
-
-
-def test_concurrent_requests_to_a_server_equal_requests_one_by_one(next_served):
-    import base64
+@contextlib.contextmanager
+def serving(served, *options, **environment):
+    """`vllm serve`: its url, and how to ask question `number` of one of four images: ids, and tokens of the prompt."""
 
     def ask(number, **extra):
-        picture = base64.b64encode(Path(next_served.images[number % 4]).read_bytes()).decode()
+        picture = base64.b64encode(Path(served.images[number % 4]).read_bytes()).decode()
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
             {"type": "text", "text": f"What is it, {number}?"},
         ]
-        reply = client.chat.completions.create(
+        reply = server.client.chat.completions.create(
             model="rbl", messages=[{"role": "user", "content": content}], max_tokens=8, temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True, **extra},
         )  # fmt: skip
         return reply.choices[0].token_ids, reply.usage.prompt_tokens
 
-    with Server(next_served.folder, "--dtype", "float32", "--trust-request-mm-kwargs") as client:
+    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    server = Server(served.folder, served.scratch / "serve.log", *common, *options, **ENVIRONMENT, **environment)
+    try:
+        server.wait(300)
+        yield server.url, ask
+    finally:
+        server.stop()
+
+
+def asked(served, number) -> dict:
+    """The same question as `serving` asks, for transformers."""
+    prompt = f"<s>USER: <image>\nWhat is it, {number}? ASSISTANT:"
+    return {"prompt": prompt, "images": [served.images[number % 4]]}
+
+
+def test_concurrent_requests_to_a_server_equal_requests_one_by_one(next_served):
+    with serving(next_served, "--trust-request-mm-kwargs") as (_, ask):
         alone = [ask(number) for number in range(8)]
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(ask, range(8))) == alone
         fewer = ask(1, mm_processor_kwargs={"keep_ratio": 0.1})
         assert fewer[1] < alone[1][1]
-        prompt = "<s>USER: <image>\nWhat is it, 1? ASSISTANT:"
-        request = {"prompt": prompt, "images": next_served.images[1:2]}
-        assert alone[1][0] == next_served.expected(request, 0.2) and fewer[0] == next_served.expected(request, 0.1)
+        assert alone[1][0] == next_served.expected(asked(next_served, 1), 0.2)
+        assert fewer[0] == next_served.expected(asked(next_served, 1), 0.1)
         with pytest.raises(Exception, match="reserved memory"):
             ask(1, mm_processor_kwargs={"keep_ratio": 0.9})
         assert ask(2) == alone[2]
+
+
+@pytest.mark.parametrize("switch, engines", [("--tensor-parallel-size", {"0"}), ("--data-parallel-size", {"0", "1"})])
+def test_two_ranks_and_two_engines_answer_as_one(next_served, switch, engines):
+    """One model over two processes, and two engines behind one address, of which each gets requests."""
+    processes = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with serving(next_served, switch, "2", **processes) as (url, ask):
+        with ThreadPoolExecutor(8) as pool:
+            found = [ids for ids, _ in pool.map(ask, range(8))]
+        metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    assert set(re.findall(r'vllm:prompt_tokens_total\{engine="(\d)".* [1-9]', metrics)) == engines
+    assert found == [next_served.expected(asked(next_served, number), 0.2) for number in range(8)]
 
 
 def test_the_committed_testbed_answers_as_in_transformers(tmp_path):
