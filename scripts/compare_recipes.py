@@ -82,6 +82,8 @@ def main(
     found = build(base, {}, folder, *probing)
     books["as it is"] = found or RedundancyCodebook.from_pretrained(folder)
     for name, changed in {**PROBES, **SELECTIONS}.items():
+        if changed.items() <= base.to_dict().items():
+            continue  # the recipe is so already
         source = probing if name in PROBES else ["--from-records", str(folder / "records")]
         found = build(base, changed, out / name, *source)
         books[name] = found or RedundancyCodebook.from_pretrained(out / name)

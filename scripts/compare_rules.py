@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 import testbed
 from testbed import PATCH, TILE, Example
-from train_testbed import answer, token_centres, visual_inputs
+from train_testbed import answer, digit_shares, token_centres, visual_inputs
 from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.codebook import keep_mask
 from transformers_rbl.pruning import select_tokens
@@ -104,7 +104,7 @@ def _encode(model, family: str, batch: list[Example]) -> list[Encoded]:
         group = _groups(family, example, centres)
         laid = {name: _lay_out(values[row], example, group) for name, values in measures.items()}
         lengths = [len(part) for part in features[row * parts : (row + 1) * parts]]
-        encoded.append(Encoded(example, tokens, lengths, group, _digits(family, example, centres, group), **laid))
+        encoded.append(Encoded(example, tokens, lengths, group, digit_shares(family, example), **laid))
     return encoded
 
 
@@ -127,23 +127,6 @@ def _lay_out(values: torch.Tensor, example: Example, group: torch.Tensor) -> tor
     rows, columns = (length // side for length in example.labels[0].shape)
     grid = values[1:].view(rows, columns, side, side).transpose(1, 2).flatten()
     found[group >= 0] = torch.cat([values[0], grid])
-    return found
-
-
-def _digits(family: str, example: Example, centres: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Share of each token's patches that a digit touches: one of a base image or of a pooled frame covers several."""
-    found = torch.zeros(len(centres))
-    rows, columns = example.labels[0].shape
-    side = TILE[family] // PATCH
-    for index in torch.nonzero(group >= 0)[:, 0].tolist():
-        cells = side if not example.video else (side + 1) // 2
-        base = family == "llava_next" and index < side**2
-        height, width = (rows / cells, columns / cells) if base or example.video else (1, 1)
-        y, x = centres[index].tolist()
-        top, left = round(y - height / 2), round(x - width / 2)
-        label = example.labels[0 if family != "llava_onevision" else int(group[index])]
-        part = label[top : max(top + 1, round(y + height / 2)), left : max(left + 1, round(x + width / 2))]
-        found[index] = float((part < 10).mean())
     return found
 
 

@@ -237,6 +237,7 @@ def test_calibrating_on_labels(family, pruned, files, tmp_path):
         (["evaluate", "--data", "@0.png"], "is no JSON Lines file"),
         (["evaluate", "--data", "@data.jsonl", "--keep-ratio", "3"], "in (0, 1]"),
         (["evaluate", "--data", "@data.jsonl", "--score", "luck"], "score must be one of"),
+        (["evaluate", "--data", "@data.jsonl", "--device", "cuda:99"], "--device cuda:99: "),
         (["evaluate", "--data", "@empty.jsonl"], "no questions"),
         (["evaluate", "--data", "@data.jsonl", "--streaming"], "give --limit"),
         (["calibrate"], "Give --images"),

@@ -313,13 +313,16 @@ def test_a_typo_is_caught_as_in_stock(pruned, one):
         pruned(*([None] * 30))
 
 
-def test_settings_per_call_as_a_dict(pruned, one):
+def test_settings_per_call_as_a_dict(family, pruned, one):
     assert torch.equal(
         pruned.generate(**one, **GREEDY, pruning={"keep_ratio": 0.5}),
         pruned.generate(**one, **GREEDY, pruning=PruningConfig(keep_ratio=0.5)),
     )
-    with pytest.raises(ValueError, match="Unknown pruning setting"):
-        pruned.generate(**one, pruning={"ratio": 0.5})
+    for inputs in (one, family.inputs(TEXTS[3:], [])):  # of a prompt without images, too
+        with pytest.raises(ValueError, match="Unknown pruning setting"):
+            pruned.generate(**inputs, pruning={"ratio": 0.5})
+        with pytest.raises(ValueError, match="Unknown pruning setting"):
+            pruned(**inputs, pruning={"ratio": 0.5})
 
 
 def test_a_compiled_language_model(family, pruned, one):

@@ -14,7 +14,7 @@ import testbed
 import tiny_checkpoint
 import train_testbed
 from testbed import BACKDROP, KINDS, SPLITS, TILE
-from train_testbed import Stage, Trainer, inside, token_centres, visual_inputs
+from train_testbed import Stage, Trainer, digit_shares, token_centres, visual_inputs, window_mask
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.metrics import bootstrap_interval
 
@@ -80,7 +80,7 @@ def test_training_sees_what_the_processor_gives(family, kind):
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_a_window_holds_all_digits(family, kind):
-    random = np.random.default_rng(0)
+    random, thinned = np.random.default_rng(0), 0
     for _ in range(20):
         rows, columns = testbed.GRIDS[0] if family == "llava_next" else (1, 1)
         example = testbed.example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
@@ -89,8 +89,14 @@ def test_a_window_holds_all_digits(family, kind):
             outside = labels.copy()
             outside[top : top + height, left : left + width] = BACKDROP
             assert not (outside < 10).any()
-        kept = inside(token_centres(family, example), example)
-        assert kept.sum() >= height * width / 4 and (height * width < labels.size) == (not kept.all())
+        centres, digit = token_centres(family, example), digit_shares(family, example)
+        assert len(centres) == len(digit) and (digit > 0).any()
+        drawn = [window_mask(random, centres, digit, example) for _ in range(12)]
+        whole, needed = torch.stack(drawn).any(0), (digit > 0) | centres.isnan().any(1)
+        assert whole[digit == 1].all() and all(torch.equal(mask[needed], whole[needed]) for mask in drawn)
+        assert whole.sum() >= height * width / 4 and (height * width < labels.size) == (not whole.all())
+        thinned += sum(bool((mask != whole).any()) for mask in drawn)
+    assert 20 < thinned < 20 * 12 / 2 + 20
 
 
 def test_every_word_of_a_question_is_known():
@@ -105,7 +111,7 @@ def test_every_word_of_a_question_is_known():
 
 def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_testbed, "SAVE_EVERY", 2)
-    stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4))
+    stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4), Stage("window", 1, 1e-3, 4))
     whole = Trainer("llava_next", 0, tmp_path / "whole", stages)
     whole.run()
 

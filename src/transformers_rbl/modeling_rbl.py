@@ -55,6 +55,8 @@ def with_pruning(stock, pruned):
     def method(self, *args, pruning=None, **kwargs):
         if args:
             signature.bind(self, *args, **kwargs)  # a TypeError for surplus or repeated arguments
+        if pruning is not None:
+            pruning = PruningConfig.from_dict(pruning)  # wrong settings are refused, images or not
         return pruned(self, stock, {**dict(zip(names, args)), **kwargs}, pruning)
 
     method.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
@@ -263,7 +265,7 @@ class RBLMixin:
 
     def _labels_beside(self, pruning) -> bool:
         """Whether outputs carry the labels that belong to their logits."""
-        pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
+        pruning = self.pruning if pruning is None else pruning
         return pruning is not None and pruning.enabled and not self.config.full_length_logits
 
     def _encode(self, call: dict, pruning) -> dict:
