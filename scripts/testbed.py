@@ -137,8 +137,12 @@ def _several_images(random, split, size, window) -> Example:
         image, label = _scene(random, split, size, [[(glyph, _boxes(random, 1, size, window)[0])]])
         images, labels = images + image, labels + label
     shown = [("shown", f"which digit is in image {i + 1}?", str(digits[i])) for i in range(3)]
-    holds = [("holds", f"which image holds a {d}?", str(i + 1)) for i, d in enumerate(digits) if digits.count(d) == 1]
-    # The answer names both digits first: to compare what it has said is within reach of a language model this small.
+    # Two answers name digits first: to compare what it has said is within reach of a language model this small.
+    holds = [
+        ("holds", f"which image holds a {digit}?", f"{' '.join(map(str, digits[: i + 1]))} image {i + 1}")
+        for i, digit in enumerate(digits)
+        if digits.count(digit) == 1
+    ]
     same = [
         (
             "same", f"do image {i + 1} and image {j + 1} show the same digit?",

@@ -48,8 +48,8 @@ STAGES = {
     "llava_next": (Stage("tower", 750, 1e-3, 48), Stage("answer", 1200, 1e-3, 24), Stage("window", 500, 6e-4, 24)),
     "llava_onevision": (
         Stage("tower", 1000, 1e-3, 48),
-        Stage("answer", 700, 1e-3, 24),
-        Stage("window", 1300, 8e-4, 24),
+        Stage("answer", 900, 1e-3, 24),
+        Stage("window", 900, 6e-4, 24),
     ),
 }
 FIRST_KIND = 0.6  # share of batches of a family's first kind: several images take longer to learn than video
