@@ -47,16 +47,14 @@ def main(
         lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
         (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
     family = model.config.stock_model_type()
-    asked = {
-        f"- {kind}: {question}"
-        for kind in testbed.KINDS[family]
-        for _, question, _ in next(testbed.examples(family, kind, "train", 1, 0)).questions
-    }
-    questions = "\n".join(sorted(asked))
+    drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.KINDS[family]]
+    questions = "\n".join(
+        f"- `{example.prompt(question)}` → `{reply}`" for example in drawn for _, question, reply in example.questions
+    )
     card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
 Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/testbed.py`). It answers questions like these, in these words, and nothing else:
+asks about (`scripts/testbed.py`). It answers prompts like these, in these words, and nothing else:
 
 {questions}
 

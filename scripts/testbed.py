@@ -68,6 +68,11 @@ class Example:
         """What the prompt says before each image (before a video as a whole)."""
         return [""] if self.video or len(self.images) == 1 else [f"image {n + 1}:" for n in range(len(self.images))]
 
+    def prompt(self, question: str) -> str:
+        """The question after its images, or its video."""
+        placeholder = "<video>" if self.video else "<image>"
+        return " ".join([*(f"{caption} {placeholder}".strip() for caption in self.captions()), question])
+
 
 # What each family's testbed shows, and the side of one of its tiles.
 KINDS = {
@@ -531,9 +536,8 @@ def write_questions(
         names = [f"{number:05}-{place}.png" for place in range(len(drawn.images))]
         for name, picture in zip(names, drawn.pictures()):
             picture.save(folder / name)
-        images = " ".join(f"{caption} <image>".strip() for caption in drawn.captions())
         for kind, question, reply in drawn.questions:
-            row = {"image": names, "question": f"{images} {question}", "answer": reply, "kind": kind}
+            row = {"image": names, "question": drawn.prompt(question), "answer": reply, "kind": kind}
             lines.append(json.dumps(row))
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     if task is not None:

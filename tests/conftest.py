@@ -15,7 +15,7 @@ import transformers_rbl
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small gain nothing from more, and on a busy machine threads wait for each other
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 # (height, width): one tile, five tiles counting the base image, a strip of three, and a column.
 SIZES = [(28, 28), (50, 56), (30, 88), (90, 31)]
