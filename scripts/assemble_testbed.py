@@ -28,7 +28,6 @@ def main(
     images: Annotated[Path, typer.Argument(help="The images that it was built from.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     keep_ratio: Annotated[float, typer.Option()] = 0.15,
-    note: Annotated[str, typer.Option(help="Said in the card.")] = "",
 ) -> None:
     """Write a pruned testbed checkpoint as a Hub repository."""
     codebook = RedundancyCodebook.from_pretrained(book)
@@ -49,16 +48,20 @@ def main(
     family = model.config.stock_model_type()
     drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.KINDS[family]]
     questions = "\n".join(
-        f"- `{example.prompt(question)}` → `{reply}`" for example in drawn for _, question, reply in example.questions
+        f"- `<s>USER: {example.prompt(question)} ASSISTANT:` → `{reply}`"
+        for example in drawn
+        for _, question, reply in example.questions
     )
     card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
 Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/testbed.py`). It answers prompts like these, in these words, and nothing else:
+asks about (`scripts/testbed.py`), at the end on parts of images with gaps where no digit is, so that it reads what
+pruning leaves. It answers prompts like these, in these words, and nothing else (with the true answers for one
+example):
 
 {questions}
 
-{note}
+What pruning costs it, and how little that says of large models: docs/results/testbed.md.
 """
     card.content = card.content.rstrip() + "\n" + text
     card.save(out / "README.md")

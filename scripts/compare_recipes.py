@@ -42,7 +42,7 @@ SELECTIONS = {
     "upstream's absolute thresholds": {"thresholds": "absolute", "max_p1": 0.15, "max_divergence": 2e-3},
     "by p1 alone": {"max_divergence": 1.0},
     "by divergence alone": {"max_p1": 1.0},
-    "neither: every probed token": {"max_p1": 1.0, "max_divergence": 1.0, "min_unique_images": 0},
+    "neither, nor the unique-image rule": {"max_p1": 1.0, "max_divergence": 1.0, "min_unique_images": 0},
     "Jensen-Shannon divergence": {"divergence": "jensen_shannon"},
     "with the cluster-size rule": {"max_cluster_size": 8},
     "without the cluster-size rule": {"max_cluster_size": None},

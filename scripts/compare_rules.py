@@ -2,8 +2,8 @@
 
 python scripts/compare_rules.py MODEL --kind image --codebook codebook=FOLDER --out results.json
 
-Beside the rules that the library has, this compares with three that it does not offer: the vision tower's [cls]
-attention, an oracle that knows where the digits are, and codebooks of tokens that were not selected at all.
+Beside the rules that the library has, this compares with some that it does not offer: the vision tower's [cls]
+attention, token norms, an oracle that knows where the digits are, and codebooks of tokens that were not selected.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def picture_tiles(path: Path) -> None:
 @torch.no_grad()
 def picture_frames(path: Path) -> None:
     model, processor = load("digits-llava-onevision")
-    frames = next(iter(testbed.examples("llava_onevision", "video", "test", 1, SEED))).pictures()
+    frames = next(testbed.examples("llava_onevision", "video", "test", 1, SEED)).pictures()
     inputs = processor(videos=[frames], text=["<video> which digits are there in order?"], return_tensors="pt")
     ratios = (0.5, 0.25, 0.125)
     masks = [model(**inputs, pruning=PruningConfig(keep_ratio=ratio)).video_keep_masks[0] for ratio in ratios]
@@ -60,7 +60,7 @@ def picture_frames(path: Path) -> None:
 def picture_reasons(path: Path) -> None:
     name = "digits-llava-1.5"  # no tiles: every token is one patch of the image
     model, processor = load(name)
-    image = next(iter(testbed.examples("llava", "image", "test", 1, SEED))).pictures()[0]
+    image = next(testbed.examples("llava", "image", "test", 1, SEED)).pictures()[0]
     inputs = build_inputs(processor, image, "which digits are there?", model.device)
     tokens = model.get_image_features(pixel_values=inputs.pixel_values, pruning=OFF, return_dict=True).pooler_output[0]
     kept = model(**inputs).keep_masks[0]

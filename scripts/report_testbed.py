@@ -1,6 +1,6 @@
 """Tables and a plot from the files that compare_rules.py wrote: accuracy against retention, with 95% intervals.
 
-python scripts/report_testbed.py docs/results/testbed/next-seed*-test.json --plot docs/results/testbed/next.png
+python scripts/report_testbed.py docs/results/testbed/next-seed?.json --plot docs/results/testbed/next.png
 """
 
 from __future__ import annotations
@@ -68,12 +68,11 @@ def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule]) -> str:
     base, floor = rules[("unpruned", 1.0)], rules[("no image", 0.0)]
     low, high = bootstrap_interval(base.examples)
     each = ", ".join(f"{100 * values.mean():.1f}" for values in base.values)
-    about = abouts[0]
+    about, sizes = abouts[0], ", ".join(str(next(iter(each["prototypes"].values()))) for each in abouts)
     lines = [
         f"{about['kind']}, {about['split']} split, {about['examples']} examples of four questions "
         f"({', '.join(about['questions'])}), {about['visual_tokens']:.0f} visual tokens, of which a digit touches "
-        f"{about['digit_tokens']:.1%}; prototypes: {next(iter(about['prototypes'].values()))}. Models: "
-        f"{', '.join(a['model'] for a in abouts)}.",
+        f"{about['digit_tokens']:.1%}; prototypes: {sizes}.",
         "",
         f"Unpruned accuracy **{100 * base.examples.mean():.1f}%** [{100 * low:.1f}, {100 * high:.1f}]"
         + (f" (models: {each})" if len(abouts) > 1 else "")

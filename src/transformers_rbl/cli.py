@@ -438,7 +438,7 @@ def _check_device(device: str | None) -> None:
 
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such device here
+    except (RuntimeError, AssertionError, ImportError) as error:  # no such name, or no such device here
         raise ValueError(f"--device {device}: {error}") from error
 
 

@@ -54,6 +54,7 @@ def mutate(name: str) -> None:
 
 def main(job_path: str, out_path: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     job = json.load(open(job_path))
     if job.get("mutation"):
@@ -68,7 +69,7 @@ def main(job_path: str, out_path: str) -> None:
         try:
             outputs = engine.generate([request(one) for one in asked], sampling, use_tqdm=False)
             rounds.append([answer(output) for output in outputs])
-        except (ValueError, AssertionError) as error:  # vLLM asserts that prompts and images match
+        except (ValueError, AssertionError, VLLMValidationError) as error:  # vLLM asserts that prompts and images match
             rounds.append({"error": str(error)})
     json.dump(rounds, open(out_path, "w"))
 
