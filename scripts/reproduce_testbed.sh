@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 out=${1:-outputs/testbed} results=docs/results/testbed
 export OMP_NUM_THREADS=1
 
-# one NAME FAMILY SEED "KINDS" RESULTS: a model, its codebooks and RESULTS[-KIND]-seedN.json
+# one NAME FAMILY SEED "KINDS" RESULTS [OPTIONS]: a model, its codebooks and RESULTS[-KIND]-seedN.json. The options are
+# for the codebook of the model before its window stage.
 one() {
   local name=$1 family=$2 seed=$3 kinds=$4 label=$5 run=$out/$1 images=$out/images-$2
   [ -d "$run/window" ] || python scripts/train_testbed.py "$run" --family "$family" --seed "$seed"
@@ -17,7 +18,7 @@ one() {
   build book --model "$run/window" --images "$images" --dtype float32
   build p1 --from-records "$run/book/records" --set max_divergence=1.0
   build divergence --from-records "$run/book/records" --set max_p1=1.0
-  [ "$seed" -ne 0 ] || build answer-book --model "$run/answer" --images "$images" --dtype float32
+  [ "$seed" -ne 0 ] || build answer-book --model "$run/answer" --images "$images" --dtype float32 "${@:6}"
   for kind in $kinds; do
     local file=$label compare="python scripts/compare_rules.py --kind $kind --split test --seed 2026 --count 200"
     [ "$kind" = image ] || file=$label-$kind
@@ -32,7 +33,7 @@ one() {
 
 for seed in 0 1 2; do one "next-$seed" llava_next "$seed" image next; done
 one onevision llava_onevision 0 "images video" onevision
-one llava llava 0 image llava
+one llava llava 0 image llava --set max_cluster_size=null  # with the cluster-size rule no prototype is left
 python scripts/compare_recipes.py "$out/next-0/window" --images "$out/images-llava_next" --out "$out/recipes"
 
 assemble() { python scripts/assemble_testbed.py "$out/$1/window" "$out/$1/book" "$out/images-$2" "codebooks/$3"; }
