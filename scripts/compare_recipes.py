@@ -100,7 +100,7 @@ def main(
         cells = []
         for ratio in RETENTIONS:
             right = accuracy(loaded, tokenizer, encoded, make(ratio))[0].float().mean(1).numpy()
-            cells.append((right.mean() / full.mean(), *paired_ratio_interval(right, full)))
+            cells.append((float(right.mean() / full.mean()), *map(float, paired_ratio_interval(right, full))))
         return cells
 
     with torch.no_grad():

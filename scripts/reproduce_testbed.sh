@@ -35,6 +35,7 @@ for seed in 0 1 2; do one "next-$seed" llava_next "$seed" image next; done
 one onevision llava_onevision 0 "images video" onevision
 one llava llava 0 image llava --set max_cluster_size=null  # with the cluster-size rule no prototype is left
 python scripts/compare_recipes.py "$out/next-0/window" --images "$out/images-llava_next" --out "$out/recipes"
+cp "$out/recipes/results.json" "$results/recipes.json"
 
 assemble() { python scripts/assemble_testbed.py "$out/$1/window" "$out/$1/book" "$out/images-$2" "codebooks/$3"; }
 assemble next-0 llava_next digits-llava-next
