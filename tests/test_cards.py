@@ -18,7 +18,7 @@ def test_a_users_own_notes_do_no_harm():
 def test_a_bare_codebook_makes_nothing_up(tmp_path):
     codebook_card(RedundancyCodebook(torch.randn(3, 4))).save(tmp_path / "README.md")
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.library_name == "transformers_rbl" and card.data.base_model is None
+    assert card.data["library_name"] == "transformers_rbl" and card.data.base_model is None
     assert "| prototypes | 3 x 4, float32 |" in card.text and "none: measure your own" in card.text
     for words in ("How it was built", "converted from", "None", "built from"):
         assert words not in card.text

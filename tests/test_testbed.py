@@ -7,14 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+import assemble_testbed
+import compare_rules
+import picture_testbed
+import report_testbed
 import testbed
 import tiny_checkpoint
 import train_testbed
 from testbed import BACKDROP, KINDS, SPLITS, TILE
 from train_testbed import Stage, Trainer, digit_shares, token_centres, visual_inputs, window_mask
+from transformers_rbl import rbl_class
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.metrics import bootstrap_interval
 
@@ -109,6 +115,24 @@ def test_every_word_of_a_question_is_known():
     assert tokenizer.decode(tokenizer("3 7").input_ids) == "3 7"
 
 
+def test_prompts_say_where_images_stand():
+    image, images, video = (next(testbed.examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
+    assert image.prompt("why?") == "<image> why?" and video.prompt("why?") == "<video> why?"
+    assert images.prompt("why?") == "image 1: <image> image 2: <image> image 3: <image> why?"
+
+
+def test_the_same_digit_is_asked_about_as_often_as_not():
+    for split in SPLITS:
+        replies = [
+            reply.split()
+            for example in testbed.examples("llava_onevision", "images", split, 60, 0)
+            for kind, _, reply in example.questions
+            if kind == "same"
+        ]
+        assert all((verdict == "yes") == (first == second) for first, second, verdict in replies)
+        assert len(replies) == 60 and 18 <= sum(reply[-1] == "yes" for reply in replies) <= 42
+
+
 def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_testbed, "SAVE_EVERY", 2)
     stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4), Stage("window", 1, 1e-3, 4))
@@ -133,6 +157,7 @@ def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, mon
     resumed = Trainer("llava_next", 0, tmp_path / "killed", stages)
     resumed.run()
     for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, value.bfloat16().float()), "a stage goes on from what the last one saved"
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     other = Trainer("llava_next", 1, tmp_path / "other", ())
     assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight)
@@ -170,3 +195,31 @@ def test_the_whole_chain_from_images_to_the_committed_accuracy(tmp_path):
         low, high = bootstrap_interval(100 * shares)
         assert low <= accuracy <= high, rule
     assert found[1] > found[2] + 30
+
+
+@pytest.mark.slow
+def test_the_scripts_behind_the_results_page(tmp_path):
+    """Rules compared, tables and a plot of them, pictures, and a checkpoint put together, from the committed ones."""
+    checkpoint = ROOT / "codebooks" / "digits-llava-next"
+    command = ["build", "--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype",
+               "float32", "--out", tmp_path / "book"]  # fmt: skip
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    compare_rules.main(
+        checkpoint, tmp_path / "found.json", codebook=[f"codebook={tmp_path / 'book'}"], count=12, threshold=[0.9]
+    )
+    abouts, rules = report_testbed.read([tmp_path / "found.json"])
+    text = report_testbed.tables(abouts, rules)
+    assert f"prototypes: {abouts[0]['prototypes']['codebook']}." in text and "| oracle |" in text
+    assert rules[("unpruned", 1.0)].examples.mean() > rules[("random", 0.1)].examples.mean() + 0.3
+    report_testbed.main([tmp_path / "found.json"], tmp_path / "found.png", "found")
+    picture_testbed.main(tmp_path / "pictures")
+    for path in (
+        tmp_path / "found.png",
+        *(tmp_path / "pictures" / f"{name}.png" for name in ("kept", "frames", "why")),
+    ):
+        assert np.asarray(Image.open(path)).std() > 10
+    assemble_testbed.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "- `<s>USER: <image> which digits are there? ASSISTANT:` → `" in card
+    assert rbl_class(tmp_path / "made").from_pretrained(tmp_path / "made").pruning.keep_ratio == 0.15

@@ -387,8 +387,7 @@ def demo(
 
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs gradio: pip install transformers_rbl[demo].")
-    _check_dtype(dtype)
-    _check_device(device)
+    _check_placement(dtype, device)
     launch(load_demo(model, codebook, images, device, dtype), host, port, share)
 
 
@@ -421,21 +420,17 @@ def _load_pruned(model: str, codebook: str | None, dtype: str, device: str | Non
 
     from .auto_rbl import rbl_class
 
-    _check_dtype(dtype)
-    _check_device(device)
+    _check_placement(dtype, device)
     loaded = rbl_class(model).from_pretrained(model, codebook=codebook, pruning={"enabled": False}, dtype=dtype).eval()
     loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded, AutoProcessor.from_pretrained(model)
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}.")
-
-
-def _check_device(device: str | None) -> None:
+def _check_placement(dtype: str, device: str | None) -> None:
     import torch
 
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:  # no such name, or no such device here
@@ -445,8 +440,7 @@ def _check_device(device: str | None) -> None:
 def _load(model: str, dtype: str, device: str, device_map: str | None):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    _check_dtype(dtype)
-    _check_device(device)
+    _check_placement(dtype, device)
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map).eval()
     if device_map is None:
         loaded = loaded.to(device)

@@ -15,11 +15,11 @@ class DeclareOperators(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
-            import torch
+            from torch.library import Library
 
-            self.library = torch.library.Library("torchvision", "DEF")
+            self.declared = Library("torchvision", "DEF")
             for operator in OPERATORS:
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
 
 
