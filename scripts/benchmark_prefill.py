@@ -35,6 +35,7 @@ from transformers_rbl import (
     RedundancyCodebook,
 )
 from transformers_rbl.pruning import max_cosine
+from transformers_rbl.seam import CACHE
 
 
 OFF = PruningConfig(enabled=False)
@@ -166,7 +167,7 @@ def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
     seconds = interleave(tasks, rounds, device, f"{model.config.stock_model_type()}, keep_ratio {keep_ratio}")
     floor = [a + b for a, b in zip(seconds["oracle"], seconds["product"])]
     added = [(p - o) / p for p, o in zip(seconds["pruned"], seconds["oracle"])]
-    stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF).past_key_values)
+    stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF)[CACHE])
     return {
         "family": model.config.stock_model_type(),
         "keep_ratio": keep_ratio,
@@ -176,7 +177,7 @@ def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
         "pruned_over_oracle": ratio(seconds["pruned"], seconds["oracle"]),
         "pruned_over_oracle_and_product": ratio(seconds["pruned"], floor),
         "share_of_scoring_and_compaction": statistics.median(added),
-        "cache_mib": [stock_bytes / 2**20, cache_bytes(output.past_key_values) / 2**20],
+        "cache_mib": [stock_bytes / 2**20, cache_bytes(output[CACHE]) / 2**20],
     }
 
 

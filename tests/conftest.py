@@ -64,6 +64,13 @@ def visual(inputs):
     return {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
 
 
+def encoded(output):
+    """`(tokens, d)`: the image features of an output, as the installed transformers names and shapes them."""
+    if "image_outputs" in output:
+        return torch.cat(list(output.image_outputs.pooler_output))
+    return output.image_hidden_states
+
+
 TEXTS = (
     "<s>USER: <image>\nWhat is it? ASSISTANT:",
     "<s>USER: <image>\nHow many? ASSISTANT:",

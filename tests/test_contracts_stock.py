@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import GREEDY, TEXTS, visual
+from conftest import GREEDY, TEXTS, encoded, visual
 from transformers_rbl import PruningConfig
 
 
@@ -128,7 +128,7 @@ def test_base_tiles_skip_the_vision_tower(family, pruned, batch):
     hook.remove()
     assert counts[0] == 4 and (counts[1] > 4) == family.has_tiles
     whole = pruned.model.get_image_features(**visual(batch), pruning=ALL).pooler_output
-    assert torch.allclose(base.image_hidden_states[:8], whole[0][:16][base.keep_masks[0][:16]], atol=1e-5)
+    assert torch.allclose(encoded(base)[:8], whole[0][:16][base.keep_masks[0][:16]], atol=1e-5)
 
 
 def test_images_as_one_list_of_tiles(family, pruned, batch):

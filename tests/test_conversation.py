@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig
+from transformers_rbl.seam import CACHE, CACHE_NAMES
 
 
 FIRST = "<s>USER: <image>\nWhat is it? ASSISTANT:"
@@ -103,6 +104,31 @@ def test_a_batch_of_conversations(family, pruned):
     expected = pruned.generate(**{**inputs, "input_ids": ids, "attention_mask": mask}, **GREEDY)
     second = pruned.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
     assert torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_padded_batch_goes_on_under_every_name_of_the_cache(family, pruned, name):
+    inputs = family.inputs([FIRST, "<s>USER: see <image> and <image>. ASSISTANT:"], family.images(3))
+    first = turn(pruned, inputs)
+    ids = append(family, first.sequences, MORE)
+    mask = torch.cat(
+        [inputs.attention_mask, inputs.attention_mask.new_ones(2, ids.shape[1] - len(inputs.attention_mask[0]))], 1
+    )
+    over = turn(pruned, {**inputs, "input_ids": ids, "attention_mask": mask}, output_logits=True)
+    whole = pruned(**{**inputs, "input_ids": ids, "attention_mask": mask})
+    second = turn(pruned, {"input_ids": ids, "attention_mask": mask}, output_logits=True, **{name: first[CACHE]})
+    assert torch.equal(second.sequences, over.sequences)
+    torch.testing.assert_close(torch.stack(second.logits), torch.stack(over.logits), atol=2e-4, rtol=0)
+    step = pruned(**{**inputs, "input_ids": ids[:, :-5], "attention_mask": mask[:, :-5]})
+    last = pruned(input_ids=ids[:, -5:], attention_mask=mask, **{name: step[CACHE]})
+    torch.testing.assert_close(last.logits, whole.logits[:, -5:], atol=2e-4, rtol=0)
+
+
+def test_a_cache_under_two_names_is_refused(pruned, one):
+    cache = pruned(**one)[CACHE]
+    for run in (pruned, pruned.generate):
+        with pytest.raises(ValueError, match="given twice"):
+            run(input_ids=one.input_ids, cache=cache, past_key_values=cache)
 
 
 def test_text_first_then_an_image(family, stock, pruned):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 import tiny_checkpoint
-from conftest import GREEDY, TEXTS, make_family, visual
+from conftest import GREEDY, TEXTS, encoded, make_family, visual
 from transformers_rbl import LlavaForConditionalGenerationRBL, PruningConfig, RedundancyCodebook, kept_token_count
 
 
@@ -121,7 +121,7 @@ def test_images_of_one_prompt_have_no_tiles_and_keep_their_row_end(onevision):
         assert [int(mask.sum()) for mask in output.keep_masks[:2]] == [4 + 1, 4 + 1]
         assert all(mask[-1] for mask in output.keep_masks[:2])
         whole = model.model.get_image_features(**visual(inputs), pruning=ALL).pooler_output
-        torch.testing.assert_close(output.image_hidden_states[:5], whole[0][output.keep_masks[0]], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoded(output)[:5], whole[0][output.keep_masks[0]], atol=1e-5, rtol=0)
 
 
 def test_images_beyond_the_cache_keep_their_layout(onevision):

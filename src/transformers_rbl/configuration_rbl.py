@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
 from .pruning import PruningConfig
+from .seam import CACHE_NAMES
 
 
 @dataclass(kw_only=True, repr=False, eq=False, init=False)  # so that the configs below inherit these fields
@@ -27,7 +28,8 @@ class RBLConfigMixin:
 
     # Trainer gathers every other output as a prediction: the logits stay, then the labels that belong to them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values", "image_hidden_states", "video_hidden_states", "keep_masks", "video_keep_masks", "prompt_mask"
+        *CACHE_NAMES, "image_hidden_states", "video_hidden_states", "image_outputs", "video_outputs", "keep_masks",
+        "video_keep_masks", "prompt_mask",
     ]  # fmt: skip
 
     pruning: dict | None = None

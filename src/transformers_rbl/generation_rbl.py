@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from .codebook import RedundancyCodebook
 from .modeling_rbl import MASKS, PIXELS, RBLMixin, forgotten, with_pruning, without_masks
 from .prompt import CachedPrompt, PromptPlan
+from .seam import CACHE, claim_cache
 
 
 class RBLGenerationMixin(RBLMixin):
@@ -52,7 +53,7 @@ class RBLGenerationMixin(RBLMixin):
     def _generate(self, stock, call: dict, pruning):
         """Encode and compact before generation starts, let stock `generate` run on the compact prompt, then answer in
         terms of the original one: sequences, lengths, and whatever the user's own objects are shown."""
-        cache = call.get("past_key_values")
+        cache = claim_cache(call)
         memory = CachedPrompt.of(cache)
         if memory is None and not self._prunes(call, pruning):
             return stock(self, **call)
@@ -108,7 +109,7 @@ class RBLGenerationMixin(RBLMixin):
         if isinstance(result, torch.Tensor):
             result = sequences
         else:
-            result.sequences, cache = sequences, result.get("past_key_values", cache)
+            result.sequences, cache = sequences, result.get(CACHE, cache)
             for modality, key in MASKS.items():
                 if key in features.get(modality, {}):
                     result[key] = features[modality][key]

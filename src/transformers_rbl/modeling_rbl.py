@@ -22,6 +22,7 @@ from .hub import auto_map, copy_code, push_model
 from .loading import check_base_model, inherit_key_conversion, missing_weights
 from .prompt import CachedPrompt, PromptPlan, check_placeholders, scatter_to_prompt
 from .pruning import PruningConfig
+from .seam import CACHE, claim_cache
 
 
 logger = logging.get_logger(__name__)
@@ -340,7 +341,7 @@ class RBLMixin:
 
     def _forward(self, stock, call: dict, pruning):
         """`forward` of both classes: encode, compact, run the stock forward on what is left, say what was kept."""
-        cache = call.get("past_key_values")
+        cache = claim_cache(call)
         memory = CachedPrompt.of(cache)
         if memory is None and not self._prunes(call, pruning):
             outputs = stock(self, **with_videos_joined(call))
@@ -369,9 +370,9 @@ class RBLMixin:
             outputs = stock(self, **with_videos_joined(call), return_dict=True)
         extras = {key: features[modality][key] for modality, key in MASKS.items() if key in features.get(modality, {})}
         extras["prompt_mask"] = torch.ones_like(dropped) if plan is None else plan.kept
-        if plan is not None and outputs.past_key_values is not None and not plan.kept.all():
+        if plan is not None and outputs.get(CACHE) is not None and not plan.kept.all():
             known = ids if start == 0 else None
-            plan.remember(known, call.get("position_ids")).attach(outputs.past_key_values)
+            plan.remember(known, call.get("position_ids")).attach(outputs[CACHE])
         if call.get("labels") is not None:
             extras["labels"] = call["labels"]
         if "logits" in outputs and self.config.full_length_logits:

@@ -17,6 +17,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import logging
 
 from ..features_rbl import cls_cosines
+from ..seam import CACHE
 from .measures import answer_confidence, answer_divergence, neighbourhoods
 from .recipe import CHOICES, Recipe
 from .selection import Probe
@@ -192,8 +193,8 @@ class Prober:
         cache = DynamicCache(config=self.model.config.get_text_config())
         for index, (keys, values) in enumerate(past):
             cache.update(keys.expand(len(embeds), -1, -1, -1), values.expand(len(embeds), -1, -1, -1), index)
-        output = self.headless.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        return self.model.lm_head(output.last_hidden_state[:, -1]).float(), output.past_key_values
+        output = self.headless.language_model(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
+        return self.model.lm_head(output.last_hidden_state[:, -1]).float(), output[CACHE]
 
     def _cache(self, embeds: torch.Tensor, past=()) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every layer after `past` and `embeds` `(1, n, d)`."""

@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from ..seam import CACHE
+
 
 @torch.no_grad()
 def timed_prefill(model, **inputs):
@@ -24,7 +26,7 @@ def timed_prefill(model, **inputs):
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     _synchronise(model.device)
     seconds = time.perf_counter() - start
-    return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers), output
+    return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output[CACHE].layers), output
 
 
 def compare_prefills(model, inputs, rules: dict, repeats: int):
