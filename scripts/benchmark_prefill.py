@@ -34,8 +34,8 @@ from transformers_rbl import (
     PruningConfig,
     RedundancyCodebook,
 )
-from transformers_rbl.pruning import max_cosine
-from transformers_rbl.seam import CACHE
+from transformers_rbl.models.pruning import max_cosine
+from transformers_rbl.models.seam import CACHE
 
 
 OFF = PruningConfig(enabled=False)

@@ -25,8 +25,8 @@ import testbed
 from testbed import PATCH, TILE, Example
 from train_testbed import answer, digit_shares, token_centres, visual_inputs
 from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
-from transformers_rbl.codebook import keep_mask
-from transformers_rbl.pruning import select_tokens
+from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.pruning import select_tokens
 
 
 OFF = PruningConfig(enabled=False)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_rbl import PruningConfig, RedundancyCodebook
-from transformers_rbl.codebook import CARD_NAME, WEIGHTS_NAME
+from transformers_rbl.models.codebook import CARD_NAME, WEIGHTS_NAME
 
 
 @pytest.fixture

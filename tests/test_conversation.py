@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig
-from transformers_rbl.seam import CACHE, CACHE_NAMES
+from transformers_rbl.models.seam import CACHE, CACHE_NAMES
 
 
 FIRST = "<s>USER: <image>\nWhat is it? ASSISTANT:"

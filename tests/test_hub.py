@@ -20,7 +20,7 @@ from conftest import GREEDY, ONE, make_family
 from hub_server import OWNER_TOKEN, READER_TOKEN, HubServer
 from transformers_rbl import RedundancyCodebook
 from transformers_rbl.cli import app
-from transformers_rbl.publish import files_to_publish
+from transformers_rbl.hub.publish import files_to_publish
 
 
 MODEL, BOOK, STOCK = "org/llava-next-rbl", "org/rbl-codebook", "org/stock"

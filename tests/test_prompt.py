@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_rbl import scatter_to_prompt
-from transformers_rbl.prompt import CachedPrompt, PromptPlan, check_placeholders
+from transformers_rbl.models.prompt import CachedPrompt, PromptPlan, check_placeholders
 
 
 @st.composite

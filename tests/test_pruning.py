@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig, kept_token_count
-from transformers_rbl.pruning import BASE, NEWLINE, PATCH, keep_newlines, max_cosine, select_tokens
+from transformers_rbl.models.pruning import BASE, NEWLINE, PATCH, keep_newlines, max_cosine, select_tokens
 
 
 def unit(prototypes):

@@ -7,8 +7,8 @@ import torch
 
 from conftest import GREEDY, make_family, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
-from transformers_rbl.codebook import keep_mask
-from transformers_rbl.pruning import SCORERS, score_tokens, select_tokens
+from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.pruning import SCORERS, score_tokens, select_tokens
 
 
 ALL = sorted(SCORERS)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from .building.images import ImageSource
 from .building.recipe import Recipe
-from .codebook import RedundancyCodebook
-from .pruning import PruningConfig
+from .models.codebook import RedundancyCodebook
+from .models.pruning import PruningConfig
 
 
 app = typer.Typer(help="Codebooks of redundant visual tokens for LLaVA models.", no_args_is_help=True)
@@ -321,8 +321,8 @@ def publish(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
-    from .publish import files_to_publish
-    from .publish import publish as upload
+    from .hub.publish import files_to_publish
+    from .hub.publish import publish as upload
 
     table = Table(title=f"{folder} as {repo}")
     table.add_column("file")
@@ -418,7 +418,7 @@ def _load_pruned(model: str, codebook: str | None, dtype: str, device: str | Non
     import torch
     from transformers import AutoProcessor
 
-    from .auto_rbl import rbl_class
+    from .models.auto_rbl import rbl_class
 
     _check_placement(dtype, device)
     loaded = rbl_class(model).from_pretrained(model, codebook=codebook, pruning={"enabled": False}, dtype=dtype).eval()

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..cards import codebook_card
-from ..codebook import RedundancyCodebook
+from ..models.cards import codebook_card
+from ..models.codebook import RedundancyCodebook
 from .images import ImageSource
 from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt
 from .recipe import Recipe

@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageOps
 
-from ..codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook
 from .build import PROVENANCE_NAME, read_provenance
 from .images import ImageSource
 

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import logging
 
-from ..features_rbl import cls_cosines
-from ..seam import CACHE
+from ..models.features_rbl import cls_cosines
+from ..models.seam import CACHE
 from .measures import answer_confidence, answer_divergence, neighbourhoods
 from .recipe import CHOICES, Recipe
 from .selection import Probe

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook
 from .recipe import Recipe
 from .records import write_whole
 from .selection import Probe, Selection, divergence

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook
 
 
 def convert_upstream(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..pruning import NEWLINE, PruningConfig, select_tokens
+from ..models.pruning import NEWLINE, PruningConfig, select_tokens
 from .evaluate import RuleResult
 from .metrics import paired_ratio_interval
 

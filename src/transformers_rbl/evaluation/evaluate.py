@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..pruning import PruningConfig
+from ..models.pruning import PruningConfig
 from .metrics import METRICS, bootstrap_interval, f1, paired_ratio_interval
 from .questions import Question
 from .timing import timed_prefill

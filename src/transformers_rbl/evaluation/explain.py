@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..building.inspection import patch
-from ..codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook
 
 
 @dataclass

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from ..seam import CACHE
+from ..models.seam import CACHE
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from ..auto_rbl import rbl_class
 from ..evaluation.evaluate import prompt_text
-from ..modeling_rbl import MASKS
-from ..pruning import PruningConfig
+from ..models.auto_rbl import rbl_class
+from ..models.modeling_rbl import MASKS
+from ..models.pruning import PruningConfig
 
 
 # What a task's `generation_kwargs` may ask for, besides `until`.

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from ..auto_rbl import PROCESSORS
-from ..codebook import RedundancyCodebook, keep_mask
-from ..pruning import BASE, NEWLINE, PruningConfig, keep_newlines, kept_token_count
+from ..models.auto_rbl import PROCESSORS
+from ..models.codebook import RedundancyCodebook, keep_mask
+from ..models.pruning import BASE, NEWLINE, PruningConfig, keep_newlines, kept_token_count
 
 
 OFF = PruningConfig(enabled=False)

@@ -34,7 +34,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
-from ..codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook
 from .serving import TokenLayout, keep_of_image, kept_count, seen_kinds, served_pruning, with_keep_ratio
 
 

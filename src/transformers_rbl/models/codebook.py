@@ -97,7 +97,7 @@ class RedundancyCodebook(nn.Module):
 
         Args:
             tokens (`torch.Tensor` of shape `(L, d)`): visual tokens of one image, any floating dtype.
-            kind (`str`): a key of [`~transformers_rbl.pruning.SCORERS`].
+            kind (`str`): a key of [`~transformers_rbl.models.pruning.SCORERS`].
             given: what a scorer needs beside tokens and prototypes (`seed`, `frame`, `cls_similarity`, `count`).
 
         Returns:

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
-from .building.recipe import Recipe
-from .codebook import CARD_NAME, RedundancyCodebook
+from ..building.recipe import Recipe
+from ..models.codebook import CARD_NAME, RedundancyCodebook
 
 
 # Left out: what a build keeps to go on with, caches, hidden files.

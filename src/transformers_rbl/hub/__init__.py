@@ -1,0 +1,1 @@
+"""What the Hub gets: repositories of codebooks, checkpoints and recipes."""
