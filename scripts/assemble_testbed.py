@@ -19,7 +19,7 @@ import testbed
 from transformers_rbl import RedundancyCodebook, rbl_class
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.building.inspection import provenance_of
-from transformers_rbl.models.cards import model_card
+from transformers_rbl.hub.cards import model_card
 
 
 def main(

@@ -34,7 +34,7 @@ from transformers_rbl import (
     PruningConfig,
     RedundancyCodebook,
 )
-from transformers_rbl.models.pruning import max_cosine
+from transformers_rbl.models.scorers import max_cosine
 from transformers_rbl.models.seam import CACHE
 
 

@@ -19,7 +19,7 @@ def alone(family, side="left"):
 @pytest.mark.parametrize("settings", [PruningConfig(keep_ratio=0.25), PruningConfig(threshold=0.25)], ids=str)
 def test_forward(family, pruned, side, settings):
     batch = family.inputs(TEXTS, family.images(4), side)
-    tiles = pruned.model._num_tiles(batch)
+    tiles = pruned.model.family.tiles(pruned.model, batch)
     expected = {"llava": [1, 1, 1, 1], "llava_next": [2, 5, 4, 4], "llava_onevision": [2, 5, 1, 1]}
     assert tiles == expected[family.name]
     together = pruned(**batch, pruning=settings)

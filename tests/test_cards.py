@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from transformers_rbl import PruningConfig, RedundancyCodebook
-from transformers_rbl.models.cards import codebook_card
+from transformers_rbl.hub.cards import codebook_card
 
 
 def test_a_users_own_notes_do_no_harm():

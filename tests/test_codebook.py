@@ -154,7 +154,7 @@ def test_pickles_are_not_read(codebook, tmp_path):
 def test_push_uploads_what_save_writes(codebook, monkeypatch):
     from types import SimpleNamespace
 
-    from transformers_rbl.models import codebook as module
+    from transformers_rbl.hub import push as module
 
     seen = {}
 

@@ -135,7 +135,7 @@ def test_images_as_one_list_of_tiles(family, pruned, batch):
     """Stock takes pixel values of shape (tiles of all images, 3, height, width) too."""
     if not family.has_tiles:
         pytest.skip("LLaVA-1.5 has no tiles")
-    tiles = pruned.model._num_tiles(batch)
+    tiles = pruned.model.family.tiles(pruned.model, batch)
     flat = torch.cat([pixels[:count] for pixels, count in zip(batch.pixel_values, tiles)])
     for settings in (PruningConfig(keep_ratio=0.4), PruningConfig(keep_ratio=0.4, tiles="base")):
         expected = pruned(**batch, pruning=settings).logits

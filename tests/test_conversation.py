@@ -78,7 +78,7 @@ def test_a_third_turn_and_a_second_image(family, pruned):
         third = pruned.generate(input_ids=ids, past_key_values=cache, **pixels, **GREEDY)
         hook.remove()
         assert torch.equal(third, expected)
-        assert encoded == [pruned.model._num_tiles(question)[0]]  # the new image only
+        assert encoded == [pruned.model.family.tiles(pruned.model, question)[0]]  # the new image only
 
 
 def test_new_ids_alone_beside_a_mask_for_all(family, pruned):

@@ -27,7 +27,7 @@ from transformers_rbl import PruningConfig, RedundancyCodebook, demo
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.cli import app
 from transformers_rbl.demo import RATIO, THRESHOLD, ask, explain_click, load_demo, open_photo, picture
-from transformers_rbl.models.pruning import BASE, NEWLINE, PATCH
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH
 
 
 OFF = PruningConfig(enabled=False)

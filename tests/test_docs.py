@@ -30,7 +30,7 @@ import transformers_rbl
 from conftest import CLASSES, make_family
 from transformers_rbl import PruningConfig
 from transformers_rbl.cli import app
-from transformers_rbl.models.pruning import SCORERS
+from transformers_rbl.models.scorers import SCORERS
 
 
 ROOT = Path(__file__).parents[1]

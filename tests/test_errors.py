@@ -5,6 +5,7 @@ import torch
 
 from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl.models.layout import VisualLayout
 
 
 def test_a_codebook_of_another_width(family):
@@ -101,7 +102,7 @@ def test_saved_settings_from_a_newer_version(family, pruned, tmp_path):
 
 def test_a_tower_whose_tokens_do_not_line_up(family, one):
     model = family.pruned()
-    model.model.token_kinds = lambda **_: [torch.ones(5, dtype=torch.long)]
+    model.model.layouts = lambda *_, **__: [VisualLayout.of_patches(5)]
     with pytest.raises(ValueError, match="layout"):
         model(**one)
 

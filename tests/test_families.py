@@ -90,7 +90,9 @@ def test_large_grids_are_down_sampled_as_stock_does(tmp_path):
     inputs = family.inputs(["<s> <image> what?"], images)
     stock, model = family.stock(), family.pruned()
     kinds = model.model.token_kinds(**inputs)[0]
-    assert model.model._num_tiles(inputs) == [17] and len(kinds) == (inputs.input_ids == 3).sum() < 17 * 16
+    assert (
+        model.model.family.tiles(model.model, inputs) == [17] and len(kinds) == (inputs.input_ids == 3).sum() < 17 * 16
+    )
     assert (kinds == 0).sum() == 16 and (kinds == 2).sum() == 12  # sixteen rows of patches become twelve
     assert torch.equal(model.generate(**inputs, **GREEDY, pruning=ALL), stock.generate(**inputs, **GREEDY))
     for settings in (PruningConfig(keep_ratio=0.1), PruningConfig(keep_ratio=0.1, tiles="base", newlines="last")):
@@ -115,7 +117,7 @@ def test_a_smaller_limit_given_by_the_caller_is_followed(onevision):
 def test_images_of_one_prompt_have_no_tiles_and_keep_their_row_end(onevision):
     model = onevision.pruned()
     inputs = onevision.inputs([TEXTS[2], TEXTS[0]], onevision.images(3))
-    assert inputs.batch_num_images.tolist() == [2, 1] and model.model._num_tiles(inputs)[:2] == [1, 1]
+    assert inputs.batch_num_images.tolist() == [2, 1] and model.model.family.tiles(model.model, inputs)[:2] == [1, 1]
     for tiles in ("all", "base"):
         output = model(**inputs, pruning=PruningConfig(keep_ratio=0.25, tiles=tiles))
         assert [int(mask.sum()) for mask in output.keep_masks[:2]] == [4 + 1, 4 + 1]
@@ -143,6 +145,6 @@ def test_new_images_that_stock_cannot_tell_apart_raise(onevision):
     call = dict(visual(onevision.inputs([TEXTS[2], TEXTS[0]], onevision.images(3))))
     model = onevision.pruned().model
     with pytest.raises(ValueError, match="one by one"):
-        model._select(call, [1, 2])
-    model._select(call, [0, 1])
-    assert call["batch_num_images"] == [2] and len(call["pixel_values"]) == 2
+        model.family.select(model, "image", call, [1, 2])
+    selected = model.family.select(model, "image", call, [0, 1])
+    assert selected["batch_num_images"] == [2] and len(selected["pixel_values"]) == 2

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_rbl import scatter_to_prompt
-from transformers_rbl.models.prompt import CachedPrompt, PromptPlan, check_placeholders
+from transformers_rbl.models.memory import CachedPrompt
+from transformers_rbl.models.positions import compact_positions, next_position
+from transformers_rbl.models.prompt import PromptPlan, check_placeholders
 
 
 @st.composite
@@ -62,7 +64,7 @@ def test_scattering_back_restores_the_original(prompt):
 def test_positions_are_consecutive(prompt):
     dropped, mask = prompt
     plan = PromptPlan(dropped, mask)
-    positions = plan.positions((mask.cumsum(-1) - 1).clamp(min=0))
+    positions = compact_positions(plan, (mask.cumsum(-1) - 1).clamp(min=0))
     for row in range(len(dropped)):
         kept = positions[row][plan.mask[row]].tolist()
         if (mask[row].diff() != 0).sum() <= 1:  # padding on one side: one sequence
@@ -80,7 +82,7 @@ def test_padding_stays_on_its_side():
 def test_packed_sequences_close_their_own_gaps_only():
     dropped = torch.tensor([[0, 1, 0, 0, 1, 1, 0]]).bool()
     plan = PromptPlan(dropped)
-    assert plan.positions(torch.tensor([[0, 1, 2, 0, 1, 2, 3]])).tolist() == [[0, 1, 0, 1]]
+    assert compact_positions(plan, torch.tensor([[0, 1, 2, 0, 1, 2, 3]])).tolist() == [[0, 1, 0, 1]]
 
 
 def test_fill_previous_keeps_next_token_logits_right():
@@ -115,7 +117,7 @@ def test_placeholders_must_fit_the_images():
 
 def test_a_cache_that_was_cropped_or_belongs_elsewhere_raises():
     plan = PromptPlan(torch.tensor([[0, 1, 0, 0]]).bool())
-    memory = plan.remember(torch.tensor([[5, 3, 6, 7]]), None)
+    memory = plan.remember(torch.tensor([[5, 3, 6, 7]]), next_position(plan, None))
     assert memory.original_length(3) == 4 and memory.original_length(5) == 6
     with pytest.raises(ValueError, match="cropped"):
         memory.original_length(2)
@@ -130,11 +132,11 @@ def test_a_cache_that_was_cropped_or_belongs_elsewhere_raises():
 
 def test_a_second_turn_adds_to_what_is_remembered():
     first = PromptPlan(torch.tensor([[0, 1, 0, 0]]).bool())
-    memory = first.remember(torch.tensor([[5, 3, 6, 7]]), None)
+    memory = first.remember(torch.tensor([[5, 3, 6, 7]]), next_position(first, None))
     second = PromptPlan(torch.tensor([[0, 1, 1, 0]]).bool(), start=memory.original_length(5), memory=memory)
-    assert second.positions().tolist() == [[5, 6]]  # three cached, two decoded since
-    assert second.positions(torch.tensor([[6, 7, 8, 9]])).tolist() == [[5, 6]]
-    grown = second.remember(None, second.positions())
+    assert compact_positions(second, None).tolist() == [[5, 6]]  # three cached, two decoded since
+    assert compact_positions(second, torch.tensor([[6, 7, 8, 9]])).tolist() == [[5, 6]]
+    grown = second.remember(None, next_position(second, compact_positions(second, None)))
     assert grown.dropped.tolist() == [3] and grown.next_position.tolist() == [7]
     assert grown.kept.long().tolist() == [[1, 0, 1, 1, 1, 1, 1, 0, 0, 1]]
     assert grown.mask.all() and grown.mask.shape == (1, 7) and grown.original_length(7) == 10

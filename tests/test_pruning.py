@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig, kept_token_count
-from transformers_rbl.models.pruning import BASE, NEWLINE, PATCH, keep_newlines, max_cosine, select_tokens
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, keep_newlines
+from transformers_rbl.models.pruning import select_tokens
+from transformers_rbl.models.scorers import max_cosine
 
 
 def unit(prototypes):

@@ -8,7 +8,8 @@ import torch
 from conftest import GREEDY, make_family, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 from transformers_rbl.models.codebook import keep_mask
-from transformers_rbl.models.pruning import SCORERS, score_tokens, select_tokens
+from transformers_rbl.models.pruning import select_tokens
+from transformers_rbl.models.scorers import SCORERS, score_tokens
 
 
 ALL = sorted(SCORERS)
@@ -187,7 +188,9 @@ def test_cls_similarity_is_that_of_the_selected_hidden_layer(tmp_path, name, til
     if name == "llava" or tiles == "base":
         assert set(base) == set(rows[0].topk(4).indices.tolist())
         return
-    values = model.model._pack([torch.stack(rows)[..., None]], torch.full((1,), torch.nan), inputs)[0][:, 0]
+    values = model.model.family.pack(model.model, [torch.stack(rows)[..., None]], torch.full((1,), torch.nan), inputs)[
+        0
+    ][:, 0]
     scored = ~values.isnan()
     cut = values[scored].sort().values[-int(kept[scored].sum())]
     assert torch.equal(kept[scored], values[scored] >= cut)

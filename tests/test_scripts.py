@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import quickstart
 from benchmark_prefill import transcription
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_retentions
-from transformers_rbl.models.pruning import max_cosine
+from transformers_rbl.models.scorers import max_cosine
 
 
 app = typer.Typer()

@@ -12,13 +12,12 @@ from PIL import Image
 import tiny_checkpoint
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.integrations.serving import (
-    TokenLayout,
+    ImageLayouts,
     keep_of_image,
-    kept_count,
-    seen_kinds,
     served_pruning,
     with_keep_ratio,
 )
+from transformers_rbl.models.layout import VisualLayout
 
 
 SERVED = [
@@ -36,20 +35,20 @@ SERVED = [
 
 @pytest.mark.parametrize("pruning", SERVED, ids=lambda p: json.dumps(p.to_dict())[:60])
 def test_an_engine_keeps_what_transformers_keeps(family, pruned, pruning):
-    layout = TokenLayout(pruned.config)
+    layouts = ImageLayouts(pruned.config)
     for image in family.images(4):
         inputs = family.inputs(["<image>"], [image])
         named = ("pixel_values", "image_sizes") if family.has_tiles else ("pixel_values",)
         encode = {name: inputs[name] for name in named}
         ours = pruned.get_image_features(**encode, pruning=pruning, return_dict=True).pooler_output[0]
         whole = pruned.get_image_features(**encode, pruning=PruningConfig(enabled=False), return_dict=True)
-        kinds = seen_kinds(layout(image.height, image.width), pruning)
+        layout = layouts(image.height, image.width).encoded(pruning)
         tokens = whole.pooler_output[0]
-        if len(kinds) < len(tokens):  # the base image alone, with the row end that engines append
-            tokens = torch.cat([tokens[: len(kinds) - 1], tokens[-1:]])
-        kept = tokens[keep_of_image(tokens, kinds, pruning, pruned.codebook)]
+        if len(layout) < len(tokens):  # the base image alone, with the row end that engines append
+            tokens = torch.cat([tokens[: len(layout) - 1], tokens[-1:]])
+        kept = tokens[keep_of_image(tokens, layout, pruning, pruned.codebook)]
         torch.testing.assert_close(kept, ours, rtol=0, atol=2e-4)  # base images alone are another batch
-        assert len(kept) == kept_count(kinds, pruning)
+        assert len(kept) == layout.kept_count(pruning)
 
 
 @given(width=st.integers(8, 400), height=st.integers(8, 400))
@@ -58,7 +57,7 @@ def test_the_layout_of_any_image_is_that_of_the_prompt(family, pruned, width, he
     if not 1 / 12 < width / height < 12:
         return
     placeholders = family.inputs(["<image>"], [Image.new("RGB", (width, height))]).input_ids == tiny_checkpoint.IMAGE
-    assert len(TokenLayout(pruned.config)(height, width)) == int(placeholders.sum())
+    assert len(ImageLayouts(pruned.config)(height, width)) == int(placeholders.sum())
 
 
 def refusal(config, **pruning):
@@ -104,9 +103,11 @@ def test_a_request_may_ask_for_less_but_not_for_more():
 def test_features_of_another_layout_are_refused():
     with pytest.raises(ValueError, match="9 visual tokens where 8"):
         keep_of_image(
-            torch.randn(9, 4), torch.ones(8, dtype=torch.long), PruningConfig(keep_ratio=0.5),
+            torch.randn(9, 4),
+            VisualLayout.of_patches(8),
+            PruningConfig(keep_ratio=0.5),
             RedundancyCodebook(torch.randn(2, 4)),
-        )  # fmt: skip
+        )
 
 
 def test_vllm_finds_the_plugin():

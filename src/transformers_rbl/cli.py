@@ -210,7 +210,7 @@ def evaluate(
     rules += [PruningConfig(threshold=value, **common) for value in threshold or ()]
     loaded, processor = _load_pruned(model, codebook, dtype, device)
     for rule in rules:
-        loaded._active_pruning(rule)  # a rule that needs a codebook ends here where there is none
+        loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
     if streaming and limit is None:
         raise ValueError("A streamed dataset has no known length: give --limit.")
     questions = read_questions(data, image_column, question_column, answer_column, split, limit, streaming)

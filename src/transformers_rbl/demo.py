@@ -26,7 +26,7 @@ from transformers_rbl.evaluation.explain import Explanation, explain
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids
 from transformers_rbl.evaluation.questions import Question
 from transformers_rbl.evaluation.timing import compare_prefills
-from transformers_rbl.models.pruning import NEWLINE
+from transformers_rbl.models.layout import NEWLINE
 
 
 TITLE = "Fewer visual tokens"

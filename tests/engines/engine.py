@@ -36,20 +36,20 @@ def mutate(name: str) -> None:
     """Break the plugin in one of the ways that vLLM would not notice."""
     from transformers_rbl.integrations import vllm_models
 
-    right = {"keep": vllm_models.keep_of_image, "count": vllm_models.kept_count}
+    right = {"keep": vllm_models.keep_of_image, "count": vllm_models.VisualLayout.kept_count}
 
-    def keep(tokens, kinds, pruning, codebook):
-        mask = right["keep"](tokens, kinds, pruning, codebook)
+    def keep(tokens, layout, pruning, codebook):
+        mask = right["keep"](tokens, layout, pruning, codebook)
         if name == "too many":
             mask = torch.ones_like(mask)
         if name == "too few":
             mask[mask.nonzero()[-3:, 0]] = False
         return mask
 
-    def count(kinds, pruning):
-        return right["count"](kinds, pruning) - (3 if name == "another ratio in the processor" else 0)
+    def count(layout, pruning):
+        return right["count"](layout, pruning) - (3 if name == "another ratio in the processor" else 0)
 
-    vllm_models.keep_of_image, vllm_models.kept_count = keep, count
+    vllm_models.keep_of_image, vllm_models.VisualLayout.kept_count = keep, count
 
 
 def main(job_path: str, out_path: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..models.cards import codebook_card
+from ..hub.cards import codebook_card
 from ..models.codebook import RedundancyCodebook
 from .images import ImageSource
 from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import logging
 
-from ..models.features_rbl import cls_cosines
+from ..models.families import cls_cosines
 from ..models.seam import CACHE
 from .measures import answer_confidence, answer_divergence, neighbourhoods
 from .recipe import CHOICES, Recipe

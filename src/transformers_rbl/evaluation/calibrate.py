@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.pruning import NEWLINE, PruningConfig, select_tokens
+from ..models.layout import NEWLINE
+from ..models.pruning import PruningConfig, select_tokens
 from .evaluate import RuleResult
 from .metrics import paired_ratio_interval
 

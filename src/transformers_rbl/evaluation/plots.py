@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.pruning import BASE, NEWLINE, PATCH
+from ..models.layout import BASE, NEWLINE, PATCH
 
 
 def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor) -> dict[str, np.ndarray]:

@@ -23,8 +23,8 @@ from transformers import AutoProcessor
 
 from ..evaluation.evaluate import prompt_text
 from ..models.auto_rbl import rbl_class
-from ..models.modeling_rbl import MASKS
 from ..models.pruning import PruningConfig
+from ..models.seam import MASKS
 
 
 # What a task's `generation_kwargs` may ask for, besides `until`.

@@ -6,16 +6,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
-from ..models.auto_rbl import PROCESSORS
-from ..models.codebook import RedundancyCodebook, keep_mask
-from ..models.pruning import BASE, NEWLINE, PruningConfig, keep_newlines, kept_token_count
+from ..models.auto_rbl import family_class
+from ..models.codebook import RedundancyCodebook
+from ..models.layout import VisualLayout
+from ..models.pruning import PruningConfig
 
 
 OFF = PruningConfig(enabled=False)
 
 
-def served_pruning(config) -> PruningConfig:
+def served_pruning(config: PreTrainedConfig) -> PruningConfig:
     """The settings of a checkpoint, if counts of tokens are known from them before an image is encoded.
 
     Args:
@@ -74,66 +76,37 @@ def with_keep_ratio(pruning: PruningConfig, keep_ratio: float | None) -> Pruning
     return replace(pruning, keep_ratio=asked.keep_ratio)
 
 
-class TokenLayout:
-    """What each visual token of an image is, by the packing code of the transformers model.
+class ImageLayouts:
+    """Where the visual tokens of an image lie, by the packing code of the transformers model.
 
     Args:
         config (`LlavaRBLConfig`, `LlavaNextRBLConfig` or `LlavaOnevisionRBLConfig`): its model is made without weights.
     """
 
-    def __init__(self, config):
-        headless = next(full.headless for full in PROCESSORS if full.config_class.model_type == config.model_type)
+    def __init__(self, config: PreTrainedConfig):
         with torch.device("meta"):
-            self._model = headless(config)
+            self._model = family_class(config.model_type).headless(config)
         tower = config.vision_config
         self._pixels = torch.empty(1, 1, 3, tower.image_size, tower.image_size, device="meta")
         self._has_tiles = hasattr(config, "image_grid_pinpoints")
 
-    def __call__(self, height: int, width: int) -> torch.Tensor:
-        """`(L,)` of BASE, PATCH and NEWLINE for an image of this size in pixels."""
+    def __call__(self, height: int, width: int) -> VisualLayout:
+        """The layout of an image of this size in pixels."""
         sizes = {"image_sizes": torch.tensor([[height, width]])} if self._has_tiles else {}
-        return self._model.token_kinds(pixel_values=self._pixels, **sizes)[0]
-
-
-def seen_kinds(kinds: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
-    """The tokens that are encoded at all: with `tiles="base"` the base image's and one row end, which engines append
-    to an image without tiles."""
-    if not (pruning.enabled and pruning.tiles == "base" and (kinds == BASE).any()):
-        return kinds
-    return torch.cat([kinds[kinds == BASE], kinds.new_tensor([NEWLINE])])
-
-
-def kept_count(kinds: torch.Tensor, pruning: PruningConfig) -> int:
-    """How many of an image's tokens `(L,)`, as [`seen_kinds`] gives them, stay."""
-    if not pruning.enabled:
-        return len(kinds)
-    scored = int((kinds != NEWLINE).sum())
-    row_ends = _keep_row_ends(torch.zeros(len(kinds), dtype=torch.bool), kinds, pruning)
-    return kept_token_count(scored, pruning.keep_ratio, pruning.min_tokens) + int(row_ends.sum())
+        return self._model.layouts(pixel_values=self._pixels, **sizes)[0]
 
 
 def keep_of_image(
-    tokens: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig, codebook: RedundancyCodebook | None
+    tokens: torch.Tensor, layout: VisualLayout, pruning: PruningConfig, codebook: RedundancyCodebook | None
 ) -> torch.Tensor:
-    """Which of one image's tokens `(L, d)`, row ends among them, stay: `torch.BoolTensor` of shape `(L,)`.
+    """Which of one image's encoded tokens `(L, d)`, row ends among them, stay: `torch.BoolTensor` of shape `(L,)`.
 
     Raises:
-        ValueError: if tokens and kinds differ in number.
+        ValueError: if tokens and layout differ in number.
     """
-    if len(tokens) != len(kinds):
+    if len(tokens) != len(layout):
         raise ValueError(
-            f"The vision tower gave {len(tokens)} visual tokens where {len(kinds)} were reckoned with: this engine "
+            f"The vision tower gave {len(tokens)} visual tokens where {len(layout)} were reckoned with: this engine "
             "packs an image otherwise than transformers does."
         )
-    kinds = kinds.to(tokens.device)
-    mask = kinds != NEWLINE
-    mask[mask.clone()] = keep_mask(tokens[mask], pruning, codebook)
-    return mask | _keep_row_ends(mask, kinds, pruning)
-
-
-def _keep_row_ends(kept: torch.Tensor, kinds: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
-    if not pruning.enabled:
-        return kinds == NEWLINE
-    if pruning.tiles == "base" and (kinds == BASE).any() and pruning.newlines == "all":
-        return torch.zeros_like(kept)  # rows end with the tiles, and those are gone
-    return keep_newlines(kept, kinds, pruning.newlines)
+    return layout.keep(tokens[layout.scored(pruning).to(tokens.device)], pruning, codebook)

@@ -35,7 +35,8 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
 from ..models.codebook import RedundancyCodebook
-from .serving import TokenLayout, keep_of_image, kept_count, seen_kinds, served_pruning, with_keep_ratio
+from ..models.layout import VisualLayout
+from .serving import ImageLayouts, keep_of_image, served_pruning, with_keep_ratio
 
 
 # What travels with an image from the processor to the model: what its tokens are, which share stays, how many that is.
@@ -55,24 +56,25 @@ class RBLInfo:
         return served_pruning(self.get_hf_config())
 
     @cached_property
-    def layout(self) -> TokenLayout:
-        return TokenLayout(self.get_hf_config())
+    def layouts(self) -> ImageLayouts:
+        return ImageLayouts(self.get_hf_config())
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
-    def kinds(self, width: int, height: int) -> torch.Tensor:
-        kinds = self.layout(height, width)
+    def layout(self, width: int, height: int) -> VisualLayout:
+        """Of what is encoded of an image."""
+        layout = self.layouts(height, width)
         unpruned = super().get_num_image_tokens(image_width=width, image_height=height)
-        if len(kinds) != unpruned:
+        if len(layout) != unpruned:
             raise ValueError(
-                f"An image of {width}x{height} pixels has {len(kinds)} visual tokens in transformers and {unpruned} in "
-                "vLLM: pruning cannot serve it."
+                f"An image of {width}x{height} pixels has {len(layout)} visual tokens in transformers and {unpruned} "
+                "in vLLM: pruning cannot serve it."
             )
-        return seen_kinds(kinds, self.pruning)
+        return layout.encoded(self.pruning)
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        return kept_count(self.kinds(image_width, image_height), self.pruning)
+        return self.layout(image_width, image_height).kept_count(self.pruning)
 
     def get_image_size_with_most_features(self):
         # The image that memory is reserved for is the one of most unpruned tokens; pruned counts tie.
@@ -89,9 +91,9 @@ class RBLProcessor:
         if "pixel_values" in data:
             images = mm_items.get_items("image", ImageProcessorItems)
             sizes = [images.get_image_size(index) for index in range(len(images))]
-            kinds = [self.info.kinds(size.width, size.height) for size in sizes]
-            data[KINDS] = [kind.to(torch.uint8) for kind in kinds]
-            data[KEPT] = torch.tensor([kept_count(kind, pruning) for kind in kinds])
+            layouts = [self.info.layout(size.width, size.height) for size in sizes]
+            data[KINDS] = [layout.kinds.to(torch.uint8) for layout in layouts]
+            data[KEPT] = torch.tensor([layout.kept_count(pruning) for layout in layouts])
             ratio = 1.0 if pruning.keep_ratio is None else pruning.keep_ratio
             data[RATIO] = torch.full((len(sizes),), ratio, dtype=torch.float64)
             if pruning.enabled and pruning.tiles == "base" and data["pixel_values"][0].ndim == 4:
@@ -149,7 +151,7 @@ class RBLModel:
 
     def _keep(self, tokens: torch.Tensor, kinds: torch.Tensor, ratio: float, count: int) -> torch.Tensor:
         pruning = with_keep_ratio(self.pruning, float(ratio)) if self.pruning.enabled else self.pruning
-        kept = tokens[keep_of_image(tokens, kinds, pruning, self.codebook)]
+        kept = tokens[keep_of_image(tokens, VisualLayout(kinds.long()), pruning, self.codebook)]
         if len(kept) != int(count):
             raise ValueError(
                 f"{len(kept)} visual tokens were kept for {int(count)} placeholders: the settings of processor and "

@@ -4,21 +4,22 @@ JSON)."""
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
-import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .cards import codebook_card
-from .pruning import PruningConfig, kept_token_count, score_tokens, select_tokens
+from .pruning import PruningConfig, kept_token_count, select_tokens
+from .scorers import score_tokens
 
 
 WEIGHTS_NAME = "codebook.safetensors"
@@ -97,7 +98,7 @@ class RedundancyCodebook(nn.Module):
 
         Args:
             tokens (`torch.Tensor` of shape `(L, d)`): visual tokens of one image, any floating dtype.
-            kind (`str`): a key of [`~transformers_rbl.models.pruning.SCORERS`].
+            kind (`str`): a key of [`~transformers_rbl.models.scorers.SCORERS`].
             given: what a scorer needs beside tokens and prototypes (`seed`, `frame`, `cls_similarity`, `count`).
 
         Returns:
@@ -236,19 +237,16 @@ class RedundancyCodebook(nn.Module):
         Returns:
             `huggingface_hub.CommitInfo`.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if not api.file_exists(repo_id, "README.md", revision=revision):
-                codebook_card(self, repo_id, license).save(Path(folder, "README.md"))
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+        return library("hub.push", "push_to_hub").push_codebook(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            license=license,
+        )
 
     def metadata(self) -> dict[str, Any]:
         """What the codebook knows of itself: base model, recommended settings, how it was built. JSON types."""
@@ -305,6 +303,18 @@ def keep_mask(
     else:
         scores = score_tokens(pruning.score, tokens=tokens, **given)
     return select_tokens(scores, pruning)
+
+
+def library(module: str, what: str) -> ModuleType:
+    """A module of the installed package that the files beside this one can do without.
+
+    Raises:
+        ImportError: where these files came with a checkpoint and the package is missing.
+    """
+    try:
+        return importlib.import_module(f"transformers_rbl.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{what} needs the package: pip install transformers_rbl.") from error
 
 
 def _check_prototypes(prototypes: torch.Tensor) -> None:

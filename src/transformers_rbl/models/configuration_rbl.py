@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, PreTrainedConfig
 
 from .pruning import PruningConfig
-from .seam import CACHE_NAMES
+from .seam import BESIDE_LOGITS
+
+
+_Config = PreTrainedConfig if TYPE_CHECKING else object
 
 
 @dataclass(kw_only=True, repr=False, eq=False, init=False)  # so that the configs below inherit these fields
-class RBLConfigMixin:
+class RBLConfigMixin(_Config):
     """What a pruned model's config adds to the stock one.
 
     Args:
@@ -27,10 +31,7 @@ class RBLConfigMixin:
     """
 
     # Trainer gathers every other output as a prediction: the logits stay, then the labels that belong to them.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        *CACHE_NAMES, "image_hidden_states", "video_hidden_states", "image_outputs", "video_outputs", "keep_masks",
-        "video_keep_masks", "prompt_mask",
-    ]  # fmt: skip
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(BESIDE_LOGITS)
 
     pruning: dict | None = None
     num_prototypes: int | None = None
@@ -39,22 +40,20 @@ class RBLConfigMixin:
     full_length_logits: bool = False
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As stock, but a stock checkpoint's model type becomes this class's: reading one here is the normal path."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = config_dict.get("model_type")
-        if found == cls.stock_model_type():
+        model_type = config_dict.get("model_type")
+        if model_type == cls.stock_model_type():
             config_dict = {**config_dict, "model_type": cls.model_type}
-        elif found != cls.model_type and found in {t for c in RBLConfigMixin.__subclasses__() for t in c.model_types()}:
+        elif model_type != cls.model_type and model_type in _known_model_types():
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {found} checkpoint, not {cls.stock_model_type()}: "
+                f"{pretrained_model_name_or_path} is a {model_type} checkpoint, not {cls.stock_model_type()}: "
                 "transformers_rbl.rbl_class(…) names the class for it."
             )
         return config_dict, kwargs
-
-    @classmethod
-    def model_types(cls) -> tuple[str, str]:
-        return cls.model_type, cls.stock_model_type()
 
     @classmethod
     def stock_model_type(cls) -> str:
@@ -77,6 +76,10 @@ class LlavaNextRBLConfig(RBLConfigMixin, LlavaNextConfig):
 
 class LlavaOnevisionRBLConfig(RBLConfigMixin, LlavaOnevisionConfig):
     model_type = "llava_onevision_rbl"
+
+
+def _known_model_types() -> set[str]:
+    return {name for made in RBLConfigMixin.__subclasses__() for name in (made.model_type, made.stock_model_type())}
 
 
 __all__ = ["LlavaNextRBLConfig", "LlavaOnevisionRBLConfig", "LlavaRBLConfig"]

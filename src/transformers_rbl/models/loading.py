@@ -1,17 +1,251 @@
-"""A checkpoint loads completely, or raises: key conversion for our classes, and what counts as missing."""
+"""A checkpoint loads completely or raises, with its codebook and settings, and is saved with them."""
 
 from __future__ import annotations
 
-import re
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
-from .codebook import RedundancyCodebook
+from .codebook import RedundancyCodebook, library
+from .families import Family
+from .pruning import PruningConfig
 
 
-def inherit_key_conversion(model_class: type[PreTrainedModel], stock_class: type[PreTrainedModel]) -> None:
+logger = logging.get_logger(__name__)
+_Model = PreTrainedModel if TYPE_CHECKING else object
+
+
+class LoadingMixin(_Model):
+    """What headless and full pruned models share beside `forward`: loading, settings, saving."""
+
+    stock: type[PreTrainedModel]
+    family: Family
+    full: type[PreTrainedModel]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        codebook: RedundancyCodebook | str | os.PathLike | None = None,
+        keep_ratio: float | None = None,
+        threshold: float | None = None,
+        pruning: PruningConfig | dict | None = None,
+        check_base: bool = True,
+        codebook_revision: str | None = None,
+        **kwargs: Any,
+    ):
+        """Load a stock checkpoint with a codebook, or a checkpoint that this class saved.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): as in transformers.
+            codebook ([`RedundancyCodebook`], `str` or `os.PathLike`, *optional*): the object, a folder or a Hub id;
+                replaces the checkpoint's own.
+            keep_ratio, threshold (`float`, *optional*): one of them, in place of all saved settings. Without either, a
+                new codebook's recommended setting is used (its keep ratio first).
+            pruning ([`PruningConfig`] or `dict`, *optional*): all settings at once, in place of
+                `keep_ratio`/`threshold`.
+            check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
+            codebook_revision (`str`, *optional*): branch, tag or commit of the codebook's repository.
+            kwargs: everything that transformers' `from_pretrained` takes; `token`, `cache_dir`, `local_files_only` and
+                `force_download` hold for the codebook too.
+
+        Raises:
+            ValueError: for settings or a codebook that do not fit, and if the checkpoint lacks a weight that the
+                forward pass reads (transformers would fill it with random numbers).
+        """
+        if pruning is None and (keep_ratio is not None or threshold is not None):
+            pruning = PruningConfig(keep_ratio=keep_ratio, threshold=threshold)
+        elif keep_ratio is not None or threshold is not None:
+            raise ValueError("Give either pruning=PruningConfig(…) or keep_ratio=/threshold=, not both.")
+        if codebook is not None and not isinstance(codebook, RedundancyCodebook):
+            names = ("token", "cache_dir", "local_files_only", "force_download")
+            shared = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            codebook = RedundancyCodebook.from_pretrained(codebook, revision=codebook_revision, **shared)
+        elif codebook_revision is not None:
+            raise ValueError("codebook_revision belongs to a codebook from the Hub: give codebook= its id.")
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+            kwargs["config"] = cls.config_class.from_dict(
+                {**config.to_dict(), "model_type": cls.config_class.model_type}
+            )
+        with_info = kwargs.pop("output_loading_info", False)
+
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {pretrained_model_name_or_path} is truncated or no safetensors file ({error}): "
+                "download it again, with force_download=True if it is from the Hub."
+            ) from error
+        missing = missing_weights(model, info["missing_keys"])
+        if codebook is not None:  # it takes the place of one in the checkpoint
+            missing = [key for key in missing if not key.endswith("codebook.prototypes")]
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold every weight of {cls.__name__}; transformers has left "
+                f"random numbers in: {', '.join(missing)}."
+            )
+        model._settle(codebook, pruning, check_base)
+        return (model, info) if with_info else model
+
+    def _settle(
+        self, codebook: RedundancyCodebook | None, pruning: PruningConfig | dict | None, check_base: bool
+    ) -> None:
+        """After loading: give the codebook its place, the config its settings, and refuse what does not fit."""
+        name = self.config.name_or_path
+        if self.config.base_model is None and self.config.num_prototypes is None and name and not os.path.isdir(name):
+            self.config.base_model = name  # a stock checkpoint from the Hub
+        if codebook is not None:
+            if check_base:
+                check_base_model(codebook, self.config.base_model)
+            if pruning is None and self.config.pruning is None:
+                pruning = codebook.recommended_pruning
+                if pruning is None:
+                    logger.warning(
+                        "The codebook recommends no setting and none was given, so pruning stays off: pass "
+                        "keep_ratio=, threshold= or pruning=, here or per call."
+                    )
+        if (codebook := codebook or self.base_model.codebook) is not None:
+            self.set_codebook(codebook)
+        if pruning is not None:
+            self.pruning = pruning
+        try:
+            _ = self.pruning  # saved settings that are broken end here,
+        except ValueError as error:
+            raise ValueError(f"config.json of {name}: {error} Upgrade it, or give pruning= here.") from error
+        self.active_pruning(None)  # and those that lack their codebook
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        """The settings in force, None if there are none. Assign a [`PruningConfig`] (or None) to change them."""
+        return None if self.config.pruning is None else PruningConfig.from_dict(self.config.pruning)
+
+    @pruning.setter
+    def pruning(self, settings: PruningConfig | dict | None) -> None:
+        self.config.pruning = None if settings is None else PruningConfig.from_dict(settings).to_dict()
+
+    def active_pruning(self, pruning: PruningConfig | dict | None = None) -> PruningConfig | None:
+        """The settings that a call with `pruning=` runs under, None if pruning is off.
+
+        Raises:
+            ValueError: for wrong settings, or a score that needs a codebook where the model has none.
+        """
+        pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
+        if pruning is None or not pruning.enabled:
+            return None
+        if self.base_model.codebook is None and pruning.needs_codebook:
+            raise ValueError(
+                "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "
+                "or switch pruning off with PruningConfig(enabled=False)."
+            )
+        return pruning
+
+    def check_pruning(self, pruning: PruningConfig | dict) -> None:
+        """Raise a `ValueError` for settings that this model cannot prune with."""
+        self.active_pruning(pruning)
+
+    def set_codebook(self, codebook: RedundancyCodebook) -> None:
+        """Prune with a copy of this codebook from now on; `save_pretrained` will include it.
+
+        Raises:
+            ValueError: if its width is not the language model's.
+        """
+        width, expected = codebook.prototypes.shape[1], self.config.get_text_config().hidden_size
+        if width != expected:
+            made_for = f" (made for {codebook.base_model})" if codebook.base_model else ""
+            raise ValueError(
+                f"The codebook's prototypes have width {width}{made_for}, but this language model's embeddings have "
+                f"width {expected}: it belongs to another model."
+            )
+        if codebook is not self.base_model.codebook:  # two models must not share, and move, one object
+            codebook = copy.deepcopy(codebook)
+        device = next(self.base_model.get_submodule(self.family.projector).parameters()).device
+        self.base_model.register_module("codebook", codebook if device.type == "meta" else codebook.to(device))
+        codebook.normalise()
+        self.config.num_prototypes, self.config.codebook = len(codebook.prototypes), codebook.metadata()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers: weights, codebook and settings.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): made if missing.
+            with_code (`bool`, defaults to `False`): write this library's inference files too, so that a machine without
+                it loads the model with `trust_remote_code=True`.
+            kwargs: everything that transformers' `save_pretrained` takes.
+        """
+        if with_code:
+            self.config.auto_map = auto_map(self.full)
+        elif not self.is_remote_code() and getattr(self.config, "auto_map", None):
+            del self.config.auto_map  # of the checkpoint it was loaded from; this one has no code
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if with_code:
+            copy_code(self.full, save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor: Any = None,
+        with_code: bool = False,
+        license: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Upload weights, codebook and settings to one repository, made if missing, with a card unless it has one.
+
+        Args:
+            repo_id (`str`): e.g. `"org/llava-next-rbl"`.
+            processor (`ProcessorMixin`, *optional*): uploaded with it, so that `pipeline` works on the repository.
+            with_code (`bool`, defaults to `False`): see [`~LoadingMixin.save_pretrained`].
+            license (`str`, *optional*): for the card; that of the base model, as a rule.
+            tags (`list[str]`, *optional*): for the card, beside its own.
+            others: as in transformers.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return library("hub.push", "push_to_hub").push_model(
+            self,
+            repo_id,
+            processor=processor,
+            with_code=with_code,
+            license=license,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            max_shard_size=max_shard_size,
+            tags=tags,
+        )
+
+
+def inherit_key_conversion(
+    model_class: type[PreTrainedModel], stock_class: type[PreTrainedModel], headless: bool
+) -> None:
     """Read a stock checkpoint's keys as the stock class does.
 
     transformers looks conversions up by class name, then by model type, and has none for ours: the keys of a Hub
@@ -21,14 +255,16 @@ def inherit_key_conversion(model_class: type[PreTrainedModel], stock_class: type
     for ours, stock in ((model_class.__name__, stock_class.__name__), (model_type, stock_type)):
         mapping = get_checkpoint_conversion_mapping(stock)
         if mapping is not None:
+            if headless and ours == model_class.__name__:  # stock's prefixes know of no codebook
+                mapping = [WeightRenaming(r"^model\.codebook\.", "codebook."), *mapping]
             # The package and its copy as remote code may meet in one process: the second registration replaces the
             # first.
             register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
-def missing_weights(model: PreTrainedModel, missing_keys: set[str] | list[str]) -> list[str]:
+def missing_weights(model: LoadingMixin, missing_keys: set[str] | list[str]) -> list[str]:
     """Of the weights that loading reported missing, those that a forward pass reads."""
-    missing = [key for key in sorted(missing_keys) if not _is_never_read(key, model.config)]
+    missing = [key for key in sorted(missing_keys) if not model.family.never_reads(model.config, key)]
     if missing and getattr(model, "hf_quantizer", None) is not None:
         # A quantised model has keys (scales, states) that no checkpoint of the plain one holds.
         with torch.device("meta"):
@@ -46,20 +282,16 @@ def check_base_model(codebook: RedundancyCodebook, base_model: str | None) -> No
         )
 
 
-def _is_never_read(key: str, config) -> bool:
-    """Weights behind the hidden states that LLaVA selects: the tower's final norm, its head, and layers after the last
-    used."""
-    if "vision_tower." not in key:
-        return False
-    if re.search(r"\.(post_layernorm|head)\.", key):
-        return True
-    layer = re.search(r"\.encoder\.layers\.(\d+)\.", key)
-    depth = getattr(config.vision_config, "num_hidden_layers", None)
-    if layer is None or depth is None:
-        return False
-    selected = config.vision_feature_layer
-    # hidden_states[i] is what layer i reads, so selecting it takes the layers before it.
-    used = max(
-        index if index >= 0 else depth + 1 + index for index in ([selected] if isinstance(selected, int) else selected)
-    )
-    return int(layer.group(1)) >= used
+def auto_map(full: Any) -> dict[str, str]:
+    """Which class of the code files each Auto class loads, for a config's `auto_map`."""
+    config, headless = full.config_class, full.headless
+    places = {"AutoConfig": config, "AutoModel": headless, "AutoModelForImageTextToText": full,
+              "AutoModelForMultimodalLM": full}  # fmt: skip
+    return {auto: f"{made.__module__.rpartition('.')[2]}.{made.__name__}" for auto, made in places.items()}
+
+
+def copy_code(full: Any, folder: str | os.PathLike) -> None:
+    """Copy the files that load a pruned model, those that `full`'s own imports, into a checkpoint's folder."""
+    module = sys.modules[full.__module__].__file__
+    for file in (module, *get_relative_import_files(module)):
+        shutil.copyfile(file, Path(folder, Path(file).name))

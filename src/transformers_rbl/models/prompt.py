@@ -1,103 +1,12 @@
-"""Drop pruned placeholders from everything aligned with the prompt, remember what a cache holds, and put it all
-back."""
+"""Drop pruned placeholders from everything aligned with the prompt, and put it all back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from itertools import accumulate
 
 import torch
 
-
-@dataclass
-class CachedPrompt:
-    """What a KV cache holds of pruned prompts; it travels on the cache itself, so that a model keeps no state.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, L)`, *optional*): original ids; None if they are not known.
-        kept (`torch.BoolTensor` of shape `(batch, L)`): original positions that are in the cache.
-        mask (`torch.BoolTensor` of shape `(batch, compact)`): cache entries that hold a token (the rest is padding).
-        dropped (`torch.LongTensor` of shape `(batch,)`): visual tokens dropped, per row.
-        next_position (`torch.LongTensor` of shape `(batch,)`): position of the token after the last entry.
-        last_keys (`torch.Tensor` of shape `(batch, head_dim)`, *optional*): of the last entry, to know rows again.
-    """
-
-    input_ids: torch.Tensor | None
-    kept: torch.Tensor
-    mask: torch.Tensor
-    dropped: torch.Tensor
-    next_position: torch.Tensor
-    last_keys: torch.Tensor | None = None
-
-    @staticmethod
-    def of(cache) -> CachedPrompt | None:
-        """What is known of a cache; None for one without pruned prompts, or reset to be used again.
-
-        Raises:
-            ValueError: if the cache's rows are no longer those of the prompts, or each of them several times.
-        """
-        memory = getattr(cache, "pruned_prompt", None)
-        if memory is None:
-            return None
-        if int(cache.get_seq_length()) == 0:
-            del cache.pruned_prompt  # it must not come back to life once the cache fills again
-            return None
-        if memory.last_keys is not None and (now := memory._keys_of(cache)) is not None:
-            times = max(1, len(now) // len(memory.last_keys))
-            if not torch.equal(now, memory.last_keys.to(now.device).repeat_interleave(times, dim=0)):
-                raise ValueError(
-                    "The rows of past_key_values were reordered or selected since their prompts were pruned. Continue "
-                    "with all rows in their order (each may be repeated), or start with a new cache."
-                )
-        return memory
-
-    def attach(self, cache) -> None:
-        """Keep this on the cache that it describes."""
-        self.last_keys = self._keys_of(cache)
-        cache.pruned_prompt = self
-
-    def _keys_of(self, cache) -> torch.Tensor | None:
-        """`(rows, head_dim)`: what the last layer holds of the last entry; None where entries move or are encoded."""
-        layer, last = cache.layers[-1], self.mask.shape[1] - 1
-        keys = getattr(layer, "keys", None)
-        if layer.is_sliding or keys is None or keys.ndim != 4 or not 0 <= last < keys.shape[2]:
-            return None
-        return keys[:, 0, last].clone()
-
-    @classmethod
-    def empty(cls, batch: int, device) -> CachedPrompt:
-        """For a cache without pruned prompts: its entries are the original positions."""
-        no_token = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        zeros = torch.zeros(batch, dtype=torch.long, device=device)
-        return cls(None, no_token, no_token, zeros, zeros)
-
-    def repeat(self, times: int) -> CachedPrompt:
-        """Each row `times` times, as `generate` expands a batch for several return sequences."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return CachedPrompt(*(value if value is None else value.repeat_interleave(times, dim=0) for value in values))
-
-    def original_length(self, cache_length: int) -> int:
-        """Original positions that a cache of `cache_length` entries stands for: the prompt, then tokens decoded
-        since."""
-        if cache_length < self.mask.shape[1]:
-            raise ValueError(
-                f"The cache holds {cache_length} entries, fewer than the {self.mask.shape[1]} of the pruned prompt it "
-                "belongs to: it was cropped. Crop no further than the prompt, or start with a new cache."
-            )
-        return self.kept.shape[1] + cache_length - self.mask.shape[1]
-
-    def check(self, batch: int, input_ids: torch.Tensor | None = None) -> None:
-        """Raise unless a continued call has the cached rows and, where ids are known, begins with the cached prompt."""
-        if batch != len(self.kept):
-            raise ValueError(f"The cache holds {len(self.kept)} pruned prompts, but the inputs have {batch} rows.")
-        if input_ids is None or self.input_ids is None:
-            return
-        length = self.input_ids.shape[1]
-        if not torch.equal(input_ids[:, :length].to(self.input_ids.device), self.input_ids):
-            raise ValueError(
-                "input_ids do not begin with the prompt that past_key_values was computed from. Continue with the "
-                "full ids (the sequences that generate returned, plus the new turn), or start with a new cache."
-            )
+from .memory import CachedPrompt
 
 
 class PromptPlan:
@@ -122,7 +31,13 @@ class PromptPlan:
         ValueError: if `attention_mask` has another shape.
     """
 
-    def __init__(self, dropped, attention_mask=None, start: int = 0, memory: CachedPrompt | None = None):
+    def __init__(
+        self,
+        dropped: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        start: int = 0,
+        memory: CachedPrompt | None = None,
+    ):
         batch, length = dropped.shape
         self.past = memory or CachedPrompt.empty(batch, dropped.device)
         if attention_mask is None:
@@ -147,40 +62,19 @@ class PromptPlan:
         taken = tensor.gather(1, self.index.view(shape).expand(-1, -1, *tensor.shape[2:]))
         return taken.masked_fill(~self.mask.view(shape), fill)
 
-    def positions(self, position_ids: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Positions `(batch, compact)` without gaps.
+    def remember(self, input_ids: torch.Tensor | None, next_position: torch.Tensor) -> CachedPrompt:
+        """What the cache will hold.
 
         Args:
-            position_ids (`torch.LongTensor` of shape `(batch or 1, n)`, *optional*): original positions. Where they
-                restart (packed sequences), the gaps of that sequence alone are closed. Without them, the cache's
-                positions go on; None is returned where there is no cache, since a language model then counts by itself.
+            input_ids (`torch.LongTensor` of shape `(batch, start + n)`, *optional*): original ids, if known.
+            next_position (`torch.LongTensor` of shape `(batch,)`): of the token after the last entry.
         """
-        if position_ids is None:
-            if self.index.numel() == 0 or self.attention_mask.shape[1] == self.mask.shape[1]:
-                return None
-            first = self.past.next_position + self.decoded.sum(-1)
-            return (first[:, None] + self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        position_ids = position_ids.expand(len(self.index), -1)
-        starts = torch.ones_like(self.kept)
-        starts[:, 1:] = (position_ids[:, 1:] <= position_ids[:, :-1]) | ~(self.kept | self.dropped)[:, :-1]
-        dropped_before = self.dropped.long().cumsum(-1) - self.dropped.long()
-        # Never decreasing along a row, so the running maximum over starts is the value at the latest start.
-        at_start = dropped_before.masked_fill(~starts, 0).cummax(-1).values
-        return self.take(position_ids - (dropped_before - at_start) - self.past.dropped[:, None])
-
-    def remember(self, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> CachedPrompt:
-        """What the cache will hold: `input_ids` `(batch, start + n)` as far as known, compact `position_ids` if
-        given."""
-        if position_ids is None:
-            upcoming = torch.full_like(self.past.next_position, self.attention_mask.shape[1])
-        else:
-            upcoming = position_ids.masked_fill(~self.mask, -1).amax(-1) + 1
         return CachedPrompt(
             input_ids=input_ids,
             kept=torch.cat([self.past.kept, self.decoded, self.kept], dim=1),
             mask=self.attention_mask,
             dropped=self.past.dropped + self.dropped.sum(-1),
-            next_position=upcoming,
+            next_position=next_position,
         )
 
 
@@ -250,3 +144,21 @@ def _compact_index(kept: torch.Tensor, right_padded: bool) -> tuple[torch.Tensor
         place = place - (length - counts)
     mask = (place >= 0) & (place < counts)
     return front.gather(1, place.clamp(0, max(kept.shape[1] - 1, 0))).masked_fill(~mask, 0), mask
+
+
+def kept_rows(plan: PromptPlan, rows: torch.Tensor) -> torch.Tensor:
+    """`logits_to_keep` given as original positions, in the compact prompt."""
+    place = plan.kept.long().cumsum(-1) - 1 + (~plan.mask).long().cumprod(-1).sum(-1, keepdim=True)
+    if not plan.kept[:, rows].all() or (place[:, rows] != place[:1, rows]).any():
+        raise ValueError(
+            "logits_to_keep points at dropped or padded positions, or at other places in each row: slice the logits."
+        )
+    return place[0, rows]
+
+
+def full_length(logits: torch.Tensor, plan: PromptPlan) -> torch.Tensor:
+    """Logits at the length of the original prompt, dropped positions repeating the kept one before them."""
+    if logits.shape[1] != plan.mask.shape[1]:
+        raise ValueError("full_length_logits needs all logits: leave logits_to_keep at 0.")
+    side = "right" if plan.mask[:, 0].all() else "left"
+    return scatter_to_prompt(logits, plan.kept, side, fill="previous")

@@ -1,28 +1,339 @@
-"""What transformers calls its things, by role: the one file that knows versions."""
+"""What transformers calls its arguments and outputs, by role: the only file that knows versions, and it fails closed.
+
+Every argument of a stock `forward`, `get_image_features` and `get_video_features` has a role here. `check_stock`
+refuses a class with an argument of unknown role, or without one that is needed; `Call` sorts a call's arguments by role
+and hands them back under the installed names.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import Any
 
+import torch
+import transformers
+from packaging.version import Version
+from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = "5.24"
 
 # transformers 5.24 renamed `past_key_values`, as argument and as output; every name is understood on every version.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+CACHE: str = next(name for name in CACHE_NAMES if name in {item.name for item in fields(CausalLMOutputWithPast)})
+
+MODALITIES = ("image", "video")
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# What outputs and encoded features of pruned models say besides: which visual tokens stayed.
+MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
+# The only parts of encoded features that a stock forward reads: the tokens, and further views of the same tokens.
+TOKENS, VIEWS = "pooler_output", ("deepstack_features",)
+# Outputs that Trainer would gather as predictions.
+BESIDE_LOGITS = (
+    *CACHE_NAMES,
+    "image_hidden_states",
+    "video_hidden_states",
+    "image_outputs",
+    "video_outputs",
+    *MASKS.values(),
+    "prompt_mask",
+)
 
 
-def claim_cache(call: dict):
-    """The KV cache among arguments, which stays in `call` under the installed name alone; None without one.
+class Role(Enum):
+    """What an argument is to pruning."""
+
+    IDS = "token ids of the prompt"
+    EMBEDS = "embeddings of the prompt"
+    MASK = "attention mask, cached part included"
+    POSITIONS = "positions of the prompt's tokens"
+    CACHE = "KV cache"
+    PIXELS = "pixels of images or videos"
+    VISUAL = "describes the pixels"
+    ENCODED = "visual features, encoded before"
+    ALONG = "runs along the prompt"
+    ROWS = "which logits to compute"
+    SETTING = "does not run along the prompt"
+    REFUSED = "describes the unpruned prompt, and cannot be followed"
+
+
+# What runs along the prompt, and what stands at padding.
+ALONG: dict[str, float] = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "per_layer_inputs": 0}
+
+ROLES: dict[str, Role] = {
+    "input_ids": Role.IDS,
+    "inputs_embeds": Role.EMBEDS,
+    "attention_mask": Role.MASK,
+    "position_ids": Role.POSITIONS,
+    "mm_encoder_outputs": Role.ENCODED,
+    "logits_to_keep": Role.ROWS,
+    **dict.fromkeys(CACHE_NAMES, Role.CACHE),
+    **dict.fromkeys(PIXELS.values(), Role.PIXELS),
+    **dict.fromkeys(ALONG, Role.ALONG),
+    **dict.fromkeys(
+        (
+            "image_sizes", "image_sizes_videos", "batch_num_images", "vision_aspect_ratio", "vision_feature_layer",
+            "vision_feature_layers", "vision_feature_select_strategy", "image_grid_thw", "video_grid_thw",
+            "second_per_grid_ts", "image_position_ids", "video_position_ids", "num_frames_per_video",
+            "pixel_attention_mask", "spatial_shapes", "image_token_pooling", "image_grids", "image_num_crops",
+            "video_token_pooling", "video_grids",
+        ),
+        Role.VISUAL,
+    ),
+    **dict.fromkeys(
+        (
+            "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+            "num_items_in_batch", "output_loading_info",
+        ),
+        Role.SETTING,
+    ),
+    **dict.fromkeys(
+        (
+            "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+            "input_features", "input_features_mask", "cache_position",
+        ),
+        Role.REFUSED,
+    ),
+}  # fmt: skip
+NEEDED = (Role.IDS, Role.EMBEDS, Role.MASK, Role.POSITIONS, Role.CACHE, Role.PIXELS, Role.ENCODED)
+
+
+def installed() -> str:
+    """`transformers 5.x.y`, for messages."""
+    return f"transformers {transformers.__version__}"
+
+
+def warn_if_untested() -> None:
+    """One warning on a transformers newer than the newest that this library was tested with."""
+    if Version(transformers.__version__).release[:2] > Version(NEWEST_TESTED).release[:2]:
+        logger.warning_once(
+            f"transformers_rbl was tested up to transformers {NEWEST_TESTED}, and this is {transformers.__version__}: "
+            "`rbl verify` checks it on your model in a minute."
+        )
+
+
+def check_stock(stock: type) -> None:
+    """Refuse a stock class that this library does not understand whole, when its pruned class is made.
+
+    Args:
+        stock (`type`): a headless or full stock class.
 
     Raises:
-        ValueError: for a cache under two names.
+        TypeError: if `forward` lacks an argument that pruning needs, or if it or an encoder of images or videos has one
+            of unknown role: whether it runs along the prompt is not known, and a wrong answer would not show.
     """
-    given = {name: call.pop(name) for name in CACHE_NAMES if name in call}
-    caches = {name: value for name, value in given.items() if value is not None}
-    if len(caches) > 1:
-        raise ValueError(f"The cache was given twice, as {' and '.join(caches)}: give {CACHE} alone.")
-    if not given:
-        return None
-    call[CACHE] = next(iter(caches.values()), None)
-    return call[CACHE]
+    methods = [stock.forward, *(getattr(stock, f"get_{modality}_features", None) for modality in MODALITIES)]
+    for method in filter(None, methods):
+        names = _argument_names(method)
+        if unknown := [name for name in names if name not in ROLES]:
+            raise TypeError(
+                f"{stock.__name__}.{method.__name__} of {installed()} takes {', '.join(unknown)}, and this version of "
+                "transformers_rbl does not know whether that runs along the prompt: pruning this model is refused. "
+                f"Upgrade transformers_rbl, or install transformers<={NEWEST_TESTED}.*."
+            )
+    roles = {ROLES[name] for name in _argument_names(stock.forward)}
+    if missing := [role for role in NEEDED if role not in roles]:
+        names = ", ".join(" or ".join(name for name, known in ROLES.items() if known is role) for role in missing)
+        raise TypeError(
+            f"{stock.__name__}.forward of {installed()} takes no {names} ({', '.join(r.value for r in missing)}), "
+            "which pruning needs: pruning this model is refused. Upgrade transformers_rbl, or install "
+            f"transformers<={NEWEST_TESTED}.*."
+        )
+
+
+def as_stock(method: Callable, stock: Callable) -> Callable:
+    """A copy of one of our methods with the signature of the stock method that it stands for, plus `pruning`.
+
+    transformers and Trainer read signatures to learn what a model takes. The code stays ours, for tracebacks and
+    `inspect.getsource`; `stock`'s documentation is put before ours.
+    """
+    if not isinstance(method, types.FunctionType):
+        raise TypeError(f"{method!r} is no plain function.")
+    own = types.FunctionType(
+        method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__
+    )
+    own.__kwdefaults__, own.__module__, own.__qualname__ = method.__kwdefaults__, method.__module__, method.__qualname__
+    signature = inspect.signature(stock)
+    parameters = list(signature.parameters.values())
+    pruning = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    own.__signature__ = signature.replace(parameters=[*parameters[:at], pruning, *parameters[at:]])  # type: ignore[attr-defined]
+    own.__doc__ = f"{inspect.getdoc(stock) or ''}\n\n{inspect.getdoc(method) or ''}"
+    return own
+
+
+def bound(stock: Callable, model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `stock(model, *args, **kwargs)` by name; a `TypeError` for surplus ones."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(stock)
+    arguments = dict(signature.bind(model, *args, **kwargs).arguments)
+    keywords = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    arguments.update(arguments.pop(keywords, {}) if keywords else {})
+    del arguments[next(iter(signature.parameters))]
+    return arguments
+
+
+@dataclass
+class Call:
+    """The arguments of one call of `forward` or `generate`, by role.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, L)`, *optional*).
+        inputs_embeds (`torch.Tensor` of shape `(batch, L, d)`, *optional*).
+        attention_mask (`torch.Tensor` of shape `(batch, cached + L)`, *optional*).
+        position_ids (`torch.LongTensor` of shape `(…, batch, L)`, *optional*).
+        cache (`Cache`, *optional*).
+        pixels (`dict[str, Any]`): by modality.
+        visual (`dict[str, Any]`): what describes the pixels, by the stock name.
+        features (`dict[str, ModelOutput]`): encoded before, by modality.
+        along (`dict[str, torch.Tensor]`): what else runs along the prompt, `(batch, L, …)`.
+        rows (`int` or `torch.Tensor`, *optional*): which logits are asked for.
+        others (`dict[str, Any]`): everything else, settings of generation included.
+    """
+
+    input_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    cache: Any = None
+    pixels: dict[str, Any] = field(default_factory=dict)
+    visual: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
+    along: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: int | torch.Tensor | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any]) -> Call:
+        """Sort arguments by role. Those that are None count as not given.
+
+        Raises:
+            ValueError: for one thing under two names.
+        """
+        call = cls()
+        single = {Role.IDS: "input_ids", Role.EMBEDS: "inputs_embeds", Role.MASK: "attention_mask",
+                  Role.POSITIONS: "position_ids", Role.CACHE: "cache", Role.ROWS: "rows"}  # fmt: skip
+        modality = {name: kind for kind, name in PIXELS.items()}
+        spelled: dict[str, str] = {}
+        for name, value in arguments.items():
+            if value is None:
+                continue
+            role = ROLES.get(name, Role.SETTING)
+            if role in single:
+                if (place := single[role]) in spelled:
+                    raise ValueError(f"The {role.value} was given twice, as {spelled[place]} and {name}: give one.")
+                spelled[place] = name
+                setattr(call, place, value)
+            elif role is Role.PIXELS:
+                call.pixels[modality[name]] = value
+            elif role is Role.VISUAL:
+                call.visual[name] = value
+            elif role is Role.ENCODED:
+                call.features = {kind: features for kind, features in value.items() if features is not None}
+            elif role is Role.ALONG:
+                call.along[name] = value
+            else:
+                call.others[name] = value
+        return call
+
+    def arguments(self) -> dict[str, Any]:
+        """What stock is called with, under the installed names."""
+        named = {
+            "input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids, CACHE: self.cache, "logits_to_keep": self.rows,
+            "mm_encoder_outputs": self.features or None,
+            **{PIXELS[modality]: pixels for modality, pixels in self.pixels.items()},
+        }  # fmt: skip
+        given = {name: value for name, value in named.items() if value is not None}
+        return {**given, **self.visual, **self.along, **self.others}
+
+    def copy(self) -> Call:
+        """A call of its own: what is changed in it does not reach this one."""
+        groups = {name: dict(getattr(self, name)) for name in ("pixels", "visual", "features", "along", "others")}
+        return replace(self, **groups)
+
+    @property
+    def prompt(self) -> torch.Tensor | None:
+        """`(batch, L)` or `(batch, L, d)`: embeddings where they are given, else ids."""
+        return self.inputs_embeds if self.inputs_embeds is not None else self.input_ids
+
+    def arguments_of_encoder(self, encode: Callable, modality: str) -> dict[str, Any]:
+        """What `get_image_features` or `get_video_features` gets of this call."""
+        names = _argument_names(encode)
+        chosen = {name: value for name, value in self.visual.items() if name in names}
+        return {PIXELS[modality]: self.pixels[modality], **chosen}
+
+    def replace_visual(self, modality: str, selected: dict[str, Any]) -> None:
+        """Give an encoder these arguments; without its pixels it does not run."""
+        self.pixels = {kind: value for kind, value in self.pixels.items() if kind != modality}
+        if selected:
+            self.pixels[modality] = selected[PIXELS[modality]]
+            self.visual = {**self.visual, **{n: value for n, value in selected.items() if n != PIXELS[modality]}}
+
+    def drop_visual(self, encoders: list[Callable]) -> None:
+        """Take pixels and what only their encoders read out of the call: features stand in their place."""
+        spent = {name for encode in encoders for name in _argument_names(encode)}
+        self.pixels = {}
+        self.visual = {name: value for name, value in self.visual.items() if name not in spent}
+
+    def refuse_what_cannot_follow(self) -> None:
+        """Raise for arguments that describe the unpruned prompt and could not be shortened with it."""
+        if refused := [name for name in self.others if ROLES.get(name) is Role.REFUSED]:
+            raise ValueError(f"{', '.join(refused)} describes the unpruned prompt and cannot be used with pruning.")
+        prompt = self.prompt
+        lengths = {prompt.shape[1]} if prompt is not None else set()
+        if isinstance(self.attention_mask, torch.Tensor):
+            lengths.add(self.attention_mask.shape[-1])
+        for name, value in self.others.items():
+            if name in ROLES or name in _GENERATION or not isinstance(value, torch.Tensor):
+                continue
+            if lengths & set(value.shape):
+                raise ValueError(
+                    f"{name} is a tensor of the prompt's length, {tuple(value.shape)}, and pruning does not know how "
+                    "to shorten it with the prompt: leave it out, or switch pruning off."
+                )
+
+
+def cache_of(outputs: Any) -> Any:
+    """The KV cache of an output, None without one."""
+    return outputs.get(CACHE)
+
+
+def replaced(output: Any, **parts: Any) -> Any:
+    """A copy of an output of transformers with some of its parts replaced."""
+    output = copy.copy(output)
+    for name, value in parts.items():
+        output[name] = value
+    return output
+
+
+def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tensor | None:
+    """Positions that stock gives the unpruned prompt, where they say where a token lies in its image (m-RoPE); None for
+    models that number tokens one after the other."""
+    return None
+
+
+def can_chunk_images() -> bool:
+    """Whether the installed `generate` splits visual features over the chunks of a chunked prefill (5.19 gives every
+    chunk all of them, and a wrong answer without a word)."""
+    return hasattr(generation_utils, "_slice_mm_encoder_output")
+
+
+def _argument_names(method: Callable) -> list[str]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = list(inspect.signature(method).parameters.values())
+    return [p.name for p in parameters if p.name not in ("self", "pruning") and p.kind not in kinds]
+
+
+# Tensors of generate's own, which are prompts or lengths of their own.
+_GENERATION = frozenset(inspect.signature(generation_utils.GenerationMixin.generate).parameters)

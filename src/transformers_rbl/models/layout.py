@@ -1,0 +1,165 @@
+"""Where the visual tokens of one image or video lie, and the one place where it is decided which of them stay.
+
+transformers, serving engines, the builder, plots and the demo all ask a [`VisualLayout`].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .codebook import RedundancyCodebook, keep_mask
+from .pruning import PruningConfig, kept_token_count
+
+
+# What a visual token is, within the sequence that replaces one image (see `PruningConfig.newlines` and `.tiles`).
+BASE, PATCH, NEWLINE = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class VisualLayout:
+    """The visual tokens of one image or video, in the order of their placeholders.
+
+    Args:
+        kinds (`torch.LongTensor` of shape `(L,)`): BASE, PATCH or NEWLINE per token. An image without tiles has patches
+            and, in some families, row ends; one with tiles has its base image (thumbnail) first. A row is its patches,
+            then its newline.
+        frames (`int`, defaults to 1): equal parts of the scored tokens, a video's frames.
+        grid (`tuple[int, int]`, *optional*): rows and columns of the base image, or of each frame; square by default.
+    """
+
+    kinds: torch.Tensor
+    frames: int = 1
+    grid: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @classmethod
+    def of_patches(cls, count: int, frames: int = 1, grid: tuple[int, int] | None = None) -> VisualLayout:
+        """`count` patches and nothing else."""
+        return cls(torch.full((count,), PATCH), frames, grid)
+
+    @property
+    def has_tiles(self) -> bool:
+        return bool((self.kinds == BASE).any())
+
+    def base_alone(self, pruning: PruningConfig) -> bool:
+        """Whether the tiles leave before anything is encoded."""
+        return pruning.enabled and pruning.tiles == "base" and self.has_tiles
+
+    def scored(self, pruning: PruningConfig) -> torch.Tensor:
+        """`(L,)` bool: the tokens that are scored and counted. Row ends never are."""
+        return self.kinds == BASE if self.base_alone(pruning) else self.kinds != NEWLINE
+
+    def keep(
+        self,
+        tokens: torch.Tensor,
+        pruning: PruningConfig,
+        codebook: RedundancyCodebook | None = None,
+        cls_similarity: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Which of all L tokens stay.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(n, d)`): the scored ones, see [`~VisualLayout.scored`].
+            pruning (`PruningConfig`): the settings.
+            codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
+            cls_similarity (`torch.Tensor` of shape `(n,)`, *optional*): needed by the scorers of that name.
+
+        Returns:
+            `torch.BoolTensor` of shape `(L,)`, on the tokens' device.
+
+        Raises:
+            ValueError: if the number of tokens is not this layout's.
+        """
+        scored = self.scored(pruning).to(tokens.device)
+        if len(tokens) != (expected := int(scored.sum())):
+            raise ValueError(
+                f"An image came as {len(tokens)} scored visual tokens where {expected} were expected: pruning does not "
+                "know this vision tower's layout (vision_feature_select_strategy?)."
+            )
+        parts = self._parts(pruning)
+        length = len(tokens) // parts
+        similarities = [None] * parts if cls_similarity is None else cls_similarity.to(tokens.device).split(length)
+        masks = [
+            keep_mask(part, pruning, codebook, similarity, frame)
+            for frame, (part, similarity) in enumerate(zip(tokens.split(length), similarities, strict=True))
+        ]
+        kept = torch.zeros_like(scored).masked_scatter_(scored, torch.cat(masks))
+        return kept | self.kept_newlines(kept, pruning)
+
+    def kept_newlines(self, kept: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
+        """`(L,)` bool: row ends that stay beside the scored tokens `kept` `(L,)`."""
+        if not pruning.enabled:
+            return (self.kinds == NEWLINE).to(kept.device)
+        if self.base_alone(pruning) and pruning.newlines == "all":
+            return torch.zeros_like(kept)  # rows end with the tiles, and those are gone
+        return keep_newlines(kept, self.kinds.to(kept.device), pruning.newlines)
+
+    def kept_count(self, pruning: PruningConfig) -> int:
+        """How many tokens stay, known before the image is: for keep ratios, and row ends that do not depend on it.
+
+        Raises:
+            ValueError: for a threshold, or `newlines="row"` where there are row ends.
+        """
+        if not pruning.enabled:
+            return len(self)
+        rows_differ = pruning.newlines == "row" and bool((self.kinds == NEWLINE).any())
+        if pruning.keep_ratio is None or rows_differ:
+            setting = f"threshold={pruning.threshold}" if pruning.keep_ratio is None else 'newlines="row"'
+            raise ValueError(f"{setting} keeps a number of visual tokens that depends on the image.")
+        parts, scored = self._parts(pruning), int(self.scored(pruning).sum())
+        count = parts * kept_token_count(scored // parts, pruning.keep_ratio, pruning.min_tokens)
+        return count + int(self.kept_newlines(torch.zeros(len(self), dtype=torch.bool), pruning).sum())
+
+    def encoded(self, pruning: PruningConfig) -> VisualLayout:
+        """The tokens that are encoded at all: with `tiles="base"` the base image's and one row end, which engines
+        append to an image without tiles."""
+        if not self.base_alone(pruning):
+            return self
+        base = self.kinds[self.kinds == BASE]
+        return VisualLayout(torch.cat([base, base.new_tensor([NEWLINE])]), grid=self.grid)
+
+    @property
+    def grids(self) -> dict[str, torch.Tensor]:
+        """Positions of tokens as grids over the image.
+
+        Returns:
+            `dict[str, torch.LongTensor]`: `"base"`, the base image's grid (or an image's without tiles, or that of each
+            frame, one below the other), and `"tiles"`, that of all tiles with their padding gone, where there are any.
+            Each `(rows, columns)`; both cover the whole image.
+        """
+        kinds, positions = self.kinds.cpu(), torch.arange(len(self))
+        base, patches = positions[kinds == BASE], positions[kinds == PATCH]
+        if not len(base):  # an image without tiles is its own base
+            base, patches = patches, base
+        columns = round((len(base) / self.frames) ** 0.5) if self.grid is None else self.grid[1]
+        grids = {"base": base.view(-1, columns)}
+        if len(patches):
+            grids["tiles"] = patches.view(max(1, int((kinds == NEWLINE).sum())), -1)
+        return grids
+
+    def _parts(self, pruning: PruningConfig) -> int:
+        """Parts that are scored and counted each by itself."""
+        return self.frames if pruning.per_frame else 1
+
+
+def keep_newlines(kept: torch.Tensor, kinds: torch.Tensor, policy: str) -> torch.Tensor:
+    """Which row-end tokens stay.
+
+    Args:
+        kept (`torch.BoolTensor` of shape `(L,)`): the scored tokens that stay.
+        kinds (`torch.LongTensor` of shape `(L,)`): BASE, PATCH or NEWLINE per token.
+        policy (`str`): `"all"`, `"row"` or `"last"`, see [`PruningConfig`].
+    """
+    newlines = kinds == NEWLINE
+    if policy == "all":
+        return newlines
+    if policy == "last":
+        return newlines & (newlines.cumsum(0) == newlines.sum())
+    row = newlines.cumsum(0) - newlines.long()
+    patches_kept = torch.zeros(len(kinds) + 1, dtype=torch.long, device=kinds.device)
+    patches_kept.index_add_(0, row, (kept & (kinds == PATCH)).long())
+    return newlines & (patches_kept[row] > 0)
