@@ -175,6 +175,8 @@ def test_every_place_in_the_table_exists(old):
 
 
 def test_aliases_import_nothing_before_they_are_asked():
-    code = "import sys, transformers_rbl, transformers_rbl.publish; print('transformers_rbl.hub.publish' in sys.modules)"
+    code = (
+        "import sys, transformers_rbl, transformers_rbl.publish; print('transformers_rbl.hub.publish' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip().splitlines()[-1] == "False"

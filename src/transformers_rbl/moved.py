@@ -32,7 +32,7 @@ def forward(old: str):
     """The `__getattr__` of the old module `old` (PEP 562): nothing is imported before a name is asked for."""
 
     def lookup(name: str):
-        # Whoever walks sys.modules (`inspect`, for one) asks every module for `__file__` and the like: an alias has none.
+        # `inspect` asks every module in sys.modules for `__file__` and the like: an alias has none.
         if not name.startswith("__"):
             for place in MOVED[old]:
                 module = import_module(f"{__package__}.{place}")
