@@ -1,22 +1,53 @@
 VENV ?= .venv
 PYTHON ?= python3
-.PHONY: quickstart codebook test docs
+# Versions that were tested together. `make … CONSTRAINTS=` upgrades everything to the newest instead.
+CONSTRAINTS ?= constraints.txt
+INSTALLED = $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
+BIN = $(VENV)/bin
 
-quickstart: $(VENV)/.installed
-	$(VENV)/bin/python scripts/quickstart.py $(ARGS)
+# What transformers can break: the tests of models, their files and their training.
+CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation \
+	errors families generate loading prompt pruning scorers training video)
 
-codebook: $(VENV)/.installed
-	$(VENV)/bin/python scripts/testbed.py images outputs/images --count 48
-	$(VENV)/bin/rbl build --model codebooks/digits-llava-next --images outputs/images --recipe digits --out outputs/codebook --dtype float32 --keep-ratio 0.15 $(ARGS)
-	$(VENV)/bin/python scripts/quickstart.py --model codebooks/digits-llava-next --codebook outputs/codebook --image outputs/images/00000.png --prompt "which digits are there?"
+.PHONY: quickstart codebook lint types test test-core docs wheel constraints
 
-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(ARGS)
+quickstart: $(INSTALLED)
+	$(BIN)/python scripts/quickstart.py $(ARGS)
 
-docs: $(VENV)/.installed
-	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+codebook: $(INSTALLED)
+	$(BIN)/python scripts/testbed.py images outputs/images --count 48
+	$(BIN)/rbl build --model codebooks/digits-llava-next --images outputs/images --recipe digits --out outputs/codebook --dtype float32 --keep-ratio 0.15 $(ARGS)
+	$(BIN)/python scripts/quickstart.py --model codebooks/digits-llava-next --codebook outputs/codebook --image outputs/images/00000.png --prompt "which digits are there?"
 
-$(VENV)/.installed: pyproject.toml
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-core: $(INSTALLED)
+	$(BIN)/python -m pytest $(CORE_TESTS) $(ARGS)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir outputs/wheel .
+
+# CUDA's libraries and triton stay out: torch names their versions itself, and other platforms have none.
+constraints:
+	$(PYTHON) -m venv --clear outputs/constraints
+	outputs/constraints/bin/python -m pip install -q -e ".[test]"
+	(echo "# Versions tested together, of everything that \`pip install -e .[test]\` brings: made by \`make constraints\`."; \
+	outputs/constraints/bin/python -m pip list --format freeze --exclude-editable --exclude pip --exclude setuptools \
+	| grep -v -E "^(nvidia-|cuda-|triton=)" | sed "s/+.*//") > constraints.txt
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -e ".[test]"
+	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e ".[test]"
+	rm -f $(VENV)/.installed $(VENV)/.installed-newest
 	touch $@

@@ -34,7 +34,7 @@ from transformers_rbl.models.scorers import SCORERS
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TEXTS = dict(zip(NAMES, (page.read_text(encoding="utf-8") for page in PAGES)))
 
@@ -142,8 +142,10 @@ def check_commands(blocks: list[Block], prose: str) -> int:
             continue
         for line in block.code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["make"] and words[1] not in targets:
-                raise ValueError(f"make {words[1]} is no target")
+            if words[:1] == ["make"]:
+                for target in (word for word in words[1:] if "=" not in word):
+                    if target not in targets:
+                        raise ValueError(f"make {target} is no target")
             if "transformers_rbl.cli" in words:
                 words = ["rbl", *words[words.index("transformers_rbl.cli") + 1 :]]
             if words[:1] != ["rbl"]:
@@ -336,6 +338,7 @@ def test_a_broken_python_block_is_noticed(text, words, folders):
         "```bash\nrbl evaluate --model m --data d --out o \\\n  --keep-ratio much\n```",
         "```bash\naccelerate launch -m transformers_rbl.cli build --outt ./book\n```",
         "```bash\nmake coffee\n```",
+        "```bash\nmake lint coffee CONSTRAINTS=\n```",
         "Run `rbl prune --all`.",
     ],
 )

@@ -8,11 +8,13 @@ from .models.modeling_llava_onevision_rbl import LlavaOnevisionModelRBL, LlavaOn
 from .models.modeling_llava_rbl import LlavaForConditionalGenerationRBL, LlavaModelRBL
 from .models.prompt import scatter_to_prompt
 from .models.pruning import PruningConfig, kept_token_count
+from .moved import add_aliases
 
 
 __version__ = "0.1.0"
 
 register()
+add_aliases()
 
 __all__ = [
     "LlavaForConditionalGenerationRBL",

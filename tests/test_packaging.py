@@ -1,0 +1,113 @@
+"""What a user installs: versions that were tested together, and a small wheel that has every preset."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from conftest import make_family
+
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+}
+
+
+def requirements_of(extra: str | None) -> list[Requirement]:
+    """Those of the package or of one extra, with the extras that it names."""
+    lines = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
+    requirements = []
+    for requirement in map(Requirement, lines):
+        if requirement.name == PROJECT["name"]:
+            requirements += [inner for name in sorted(requirement.extras) for inner in requirements_of(name)]
+        else:
+            requirements.append(requirement)
+    return requirements
+
+
+@pytest.mark.parametrize("requirement", [*requirements_of(None), *requirements_of("test")], ids=str)
+def test_every_requirement_has_a_version_that_was_tested(requirement):
+    version = PINS[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version)
+
+
+def test_constraints_hold_on_any_machine():
+    """Names and versions alone: no paths, URLs, local versions, or one platform's libraries of torch."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == len(PINS) > 50
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-", "triton", "transformers-rbl"))]
+
+
+def test_pre_commit_formats_with_the_version_that_ci_checks_with():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (revision,) = [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")]
+    assert revision == f"v{PINS['ruff']}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_is_small_and_has_every_recipe(wheel):
+    assert wheel.stat().st_size < 2**20
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name.removeprefix("transformers_rbl/") for name in archive.namelist()}
+    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "codebooks").glob("*/recipe.yaml")}
+    assert recipes and recipes <= shipped and "py.typed" in shipped
+    assert {Path(name).name for name in shipped if name.startswith("codebooks/")} == {"README.md", "recipe.yaml"}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """`installed(command)` runs `rbl` from the wheel, in a folder that is no checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "packages")]
+    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    code = "import sys; sys.path.insert(0, 'packages'); from transformers_rbl.cli import app; app()"
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_builds_by_a_preset(installed, tmp_path):
+    family = make_family("llava_next", tmp_path / "stock")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, image in enumerate(family.images(8)):
+        image.save(photos / f"{number}.png")
+    command = ["build", "--model", str(family.folder), "--images", str(photos), "--recipe", "digits"]
+    done = installed(*command, "--set", "min_unique_images=1", "--out", str(tmp_path / "book"), "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    built, preset = (
+        yaml.safe_load(path.read_text())
+        for path in (tmp_path / "book" / "recipe.yaml", ROOT / "codebooks" / "digits" / "recipe.yaml")
+    )
+    assert built.items() >= (preset | {"min_unique_images": 1}).items()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_says_that_the_demonstration_checkpoint_is_not_in_it(installed):
+    done = installed("demo")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"rbl: .*codebooks/digits-llava-next.*--model.*", done.stderr.strip().splitlines()[-1])
