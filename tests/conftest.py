@@ -156,7 +156,7 @@ class Oracle:
 
     @torch.no_grad()
     def embed(self, inputs, row, pruning):
-        """Embeddings `(1, kept, d)` of one prompt, padding gone, and which of its positions they are."""
+        """Embeddings `(1, kept, d)` of one prompt, what the mask hides gone, and which of its positions they are."""
         images = self.features(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         image_id = self.stock.config.image_token_id
@@ -168,6 +168,7 @@ class Oracle:
         embeds, positions, slot = [], [], before
         for position, token in enumerate(ids[row].tolist()):
             if not mask[row, position]:
+                slot += token == image_id  # a hidden placeholder takes its own feature out with it
                 continue
             if token == image_id:
                 if flat_mask[slot]:
