@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 # What transformers can break: the tests of models, their files and their training.
 CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation \
-	errors families generate loading prompt pruning scorers training video)
+	errors families generate loading masked prompt pruning scorers seam training video)
 
 .PHONY: quickstart codebook lint types test test-core docs wheel constraints
 

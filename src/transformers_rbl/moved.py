@@ -11,19 +11,19 @@ from types import ModuleType
 # Old module -> the modules that hold its names now, in the order in which they are asked.
 MOVED = {
     "auto_rbl": ["models.auto_rbl"],
-    "cards": ["models.cards"],
+    "cards": ["hub.cards"],
     "codebook": ["models.codebook"],
     "configuration_rbl": ["models.configuration_rbl"],
-    "features_rbl": ["models.features_rbl"],
+    "features_rbl": ["models.features_rbl", "models.families"],
     "generation_rbl": ["models.generation_rbl"],
-    "hub": ["models.hub"],  # a package today, which asks this table itself
+    "hub": ["hub.push", "models.loading"],  # a package today, which asks this table itself
     "loading": ["models.loading"],
     "modeling_llava_next_rbl": ["models.modeling_llava_next_rbl"],
     "modeling_llava_onevision_rbl": ["models.modeling_llava_onevision_rbl"],
     "modeling_llava_rbl": ["models.modeling_llava_rbl"],
-    "modeling_rbl": ["models.modeling_rbl"],
-    "prompt": ["models.prompt"],
-    "pruning": ["models.pruning"],
+    "modeling_rbl": ["models.modeling_rbl", "models.seam", "models.memory"],
+    "prompt": ["models.prompt", "models.memory", "models.positions"],
+    "pruning": ["models.pruning", "models.scorers", "models.layout"],
     "publish": ["hub.publish"],
 }
 
