@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from packaging import version
 from transformers import StaticCache
 
@@ -298,3 +300,51 @@ def test_rows_of_a_cache_that_were_moved_are_noticed(family, pruned):
             pruned.generate(input_ids=ids[rows], past_key_values=cache, **GREEDY)
         with pytest.raises(ValueError, match="reordered or selected"):
             pruned(input_ids=ids[rows], past_key_values=cache)
+
+
+ROWS = ["USER: see <image> now. ASSISTANT:", "USER: <image><image> which? ASSISTANT:", "USER: go on. ASSISTANT:"]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(ROWS), min_size=2, max_size=2), min_size=1, max_size=3),
+    st.sampled_from(CACHE_NAMES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_random_turns_equal_starting_over(family, pruned, turns, name, by_forward, seed):
+    """A padded batch of two conversations; every turn brings other images, or none, by `generate` or `forward`."""
+    if family.name == "llava_onevision":  # a tiled image beside a prompt of several cannot go on in a batch
+        turns = [[rows[0], rows[0]] if "<image>" in rows[0] else rows for rows in turns]
+        turns = [[row.replace("<image><image>", "<image>") for row in rows] for rows in turns]
+    images, used = family.images(12, seed), 0
+    history, mask = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
+    cache, by_row = None, [[], []]
+    for rows in turns:
+        own = []
+        for row, text in enumerate(rows):
+            count = text.count("<image>")
+            own += images[used : used + count]
+            by_row[row] += images[used : used + count]
+            used += count
+        new = family.inputs(rows, own)
+        history, mask = torch.cat([history, new.input_ids], 1), torch.cat([mask, new.attention_mask], 1)
+        every = [image for row in by_row for image in row]
+        pixels = dict(family.processor.image_processor(every, return_tensors="pt")) if every else {}
+        over = pruned(input_ids=history, attention_mask=mask, **pixels)
+        fresh = pruned.generate(input_ids=history, attention_mask=mask, **pixels, max_new_tokens=4, do_sample=False)
+        given_cache = {} if cache is None else {name: cache}
+        if by_forward:
+            step = pruned(input_ids=new.input_ids, attention_mask=mask, **visual(new), **given_cache, use_cache=True)
+            last = [logits[-1] for logits in step.logits]
+            torch.testing.assert_close(torch.stack(last), over.logits[:, -1], atol=5e-4, rtol=0)
+            cache = step[CACHE]
+        else:
+            output = pruned.generate(
+                input_ids=history, attention_mask=mask, **visual(new), **given_cache, max_new_tokens=4,
+                eos_token_id=None, do_sample=False, return_dict_in_generate=True,
+            )  # fmt: skip
+            ends = fresh.shape[1]
+            assert torch.equal(output.sequences[:, :ends][fresh != 0], fresh[fresh != 0])
+            cache, history = output[CACHE], output.sequences
+            mask = torch.cat([mask, torch.ones(2, history.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)

@@ -264,6 +264,16 @@ def test_device_map_and_disk_offload(family, pruned, one, saved, tmp_path):
     assert torch.equal(model.generate(**one, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("also", ["model.codebook", "model.multi_modal_projector"])
+def test_a_codebook_that_a_device_map_sends_to_disk_stays_in_memory(family, pruned, one, saved, tmp_path, also):
+    """`offload_buffers=True` offloads it like any weight; it is small, and every image reads it."""
+    parts = ["vision_tower", "multi_modal_projector", "image_newline", "language_model"]
+    split = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu", "model.codebook": "disk", also: "disk"}
+    model = family.rbl_class.from_pretrained(saved, device_map=split, offload_folder=tmp_path, offload_buffers=True)
+    assert torch.equal(model.codebook.prototypes, pruned.codebook.prototypes)
+    assert torch.equal(model.generate(**one, **GREEDY), pruned.generate(**one, **GREEDY))
+
+
 def test_processor_loads_from_a_saved_model(family, saved):
     assert type(AutoProcessor.from_pretrained(saved)) is type(family.processor)
 

@@ -119,7 +119,7 @@ class LoadingMixin(_Model):
                         "The codebook recommends no setting and none was given, so pruning stays off: pass "
                         "keep_ratio=, threshold= or pruning=, here or per call."
                     )
-        if (codebook := codebook or self.base_model.codebook) is not None:
+        if (codebook := codebook or resident(self.base_model.codebook)) is not None:
             self.set_codebook(codebook)
         if pruning is not None:
             self.pruning = pruning
@@ -271,6 +271,17 @@ def missing_weights(model: LoadingMixin, missing_keys: set[str] | list[str]) -> 
             plain = type(model)(model.config).state_dict()
         missing = [key for key in missing if key in plain]
     return missing
+
+
+def resident(codebook: RedundancyCodebook | None) -> RedundancyCodebook | None:
+    """The codebook itself, or the one that a `device_map` sent to disk (`offload_buffers=True`) back in memory: it is
+    small, and every image reads it."""
+    if codebook is None or codebook.prototypes.device.type != "meta":
+        return codebook
+    hook = getattr(codebook, "_hf_hook", None)  # of accelerate
+    maps = [getattr(part, "weights_map", None) for part in getattr(hook, "hooks", [hook])]
+    on_disk = next((weights for weights in maps if weights is not None), None)
+    return codebook if on_disk is None else RedundancyCodebook(on_disk["prototypes"], **codebook.metadata())
 
 
 def check_base_model(codebook: RedundancyCodebook, base_model: str | None) -> None:
