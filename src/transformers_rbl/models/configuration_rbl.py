@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, PreTrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
 from .pruning import PruningConfig
 from .seam import BESIDE_LOGITS
 
 
-_Config = PreTrainedConfig if TYPE_CHECKING else object
+Mixed: Any = object  # a stock config, when a family's config is made
 
 
 @dataclass(kw_only=True, repr=False, eq=False, init=False)  # so that the configs below inherit these fields
-class RBLConfigMixin(_Config):
+class RBLConfigMixin(Mixed):
     """What a pruned model's config adds to the stock one.
 
     Args:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,10 @@ from .pruning import PruningConfig
 
 
 logger = logging.get_logger(__name__)
-_Model = PreTrainedModel if TYPE_CHECKING else object
+Mixed: Any = object  # which transformers class the mixins meet is known when a family's classes are made
 
 
-class LoadingMixin(_Model):
+class LoadingMixin(Mixed):
     """What headless and full pruned models share beside `forward`: loading, settings, saving."""
 
     stock: type[PreTrainedModel]
@@ -243,9 +243,7 @@ class LoadingMixin(_Model):
         )
 
 
-def inherit_key_conversion(
-    model_class: type[PreTrainedModel], stock_class: type[PreTrainedModel], headless: bool
-) -> None:
+def inherit_key_conversion(model_class: Any, stock_class: Any, headless: bool) -> None:
     """Read a stock checkpoint's keys as the stock class does.
 
     transformers looks conversions up by class name, then by model type, and has none for ours: the keys of a Hub
@@ -303,6 +301,6 @@ def auto_map(full: Any) -> dict[str, str]:
 
 def copy_code(full: Any, folder: str | os.PathLike) -> None:
     """Copy the files that load a pruned model, those that `full`'s own imports, into a checkpoint's folder."""
-    module = sys.modules[full.__module__].__file__
+    module = str(sys.modules[full.__module__].__file__)
     for file in (module, *get_relative_import_files(module)):
         shutil.copyfile(file, Path(folder, Path(file).name))

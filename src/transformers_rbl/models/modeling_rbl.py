@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils import ModelOutput
 
 from .loading import LoadingMixin, inherit_key_conversion
 from .memory import Past, forgotten
