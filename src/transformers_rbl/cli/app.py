@@ -15,10 +15,10 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .building.images import ImageSource
-from .building.recipe import Recipe
-from .models.codebook import RedundancyCodebook
-from .models.pruning import PruningConfig
+from ..building.images import ImageSource
+from ..building.recipe import Recipe
+from ..models.codebook import RedundancyCodebook
+from ..models.pruning import PruningConfig
 
 
 app = typer.Typer(help="Codebooks of redundant visual tokens for LLaVA models.", no_args_is_help=True)
@@ -74,8 +74,8 @@ def build(
 
     Over many processes: accelerate launch --num_processes N -m transformers_rbl.cli build …
     """
-    from .building.build import Processes, build_codebook, probe_images
-    from .building.records import Records, with_selection
+    from ..building.build import Processes, build_codebook, probe_images
+    from ..building.records import Records, with_selection
 
     if (from_records is None) == (model is None):
         raise ValueError("Give --model and --images to probe, or --from-records to select again.")
@@ -139,7 +139,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=0, help="Prototypes to list.")] = 10,
 ) -> None:
     """What is in a codebook: counts, norms, cosines, where its prototypes come from."""
-    from .building.inspection import contact_sheet, describe_codebook, provenance_of
+    from ..building.inspection import contact_sheet, describe_codebook, provenance_of
 
     if images is not None:
         _need_matplotlib()
@@ -195,10 +195,10 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
 ) -> None:
     """What pruning costs: accuracy against retention, for many rules on one pass over the images."""
-    from .evaluation.evaluate import evaluate as run
-    from .evaluation.evaluate import table_rows, write_results
-    from .evaluation.metrics import METRICS
-    from .evaluation.questions import read_questions
+    from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.evaluate import table_rows, write_results
+    from ..evaluation.metrics import METRICS
+    from ..evaluation.questions import read_questions
 
     _need_matplotlib()
     metrics = metric or ["normalised"]
@@ -256,10 +256,10 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
 ) -> None:
     """Which setting to use: a threshold for a mean retention, or the lowest ratio that keeps an accuracy."""
-    from .evaluation.calibrate import image_scores, lowest_retention, threshold_for
-    from .evaluation.evaluate import evaluate as run
-    from .evaluation.metrics import METRICS
-    from .evaluation.questions import read_questions
+    from ..evaluation.calibrate import image_scores, lowest_retention, threshold_for
+    from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.metrics import METRICS
+    from ..evaluation.questions import read_questions
 
     if (images is None) == (data is None):
         raise ValueError("Give --images (unlabelled) or --data (questions with answers).")
@@ -321,8 +321,8 @@ def publish(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
-    from .hub.publish import files_to_publish
-    from .hub.publish import publish as upload
+    from ..hub.publish import files_to_publish
+    from ..hub.publish import publish as upload
 
     table = Table(title=f"{folder} as {repo}")
     table.add_column("file")
@@ -349,7 +349,7 @@ def convert(
     drop_duplicates: Annotated[bool, typer.Option(help="Leave repeated rows out: cosine scores stay.")] = False,
 ) -> None:
     """Turn an upstream .pt codebook into an artifact that from_pretrained reads."""
-    from .building.upstream import convert_upstream
+    from ..building.upstream import convert_upstream
 
     book = convert_upstream(source, image_ids, base_model, keep_ratio, threshold)
     repeated = book.built_with["source"]["repeated_rows"]
@@ -383,7 +383,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """A page: stock and pruned answers side by side, what was kept, and why a patch was dropped."""
-    from .demo import launch, load_demo
+    from ..demo import launch, load_demo
 
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs gradio: pip install transformers_rbl[demo].")
@@ -418,7 +418,7 @@ def _load_pruned(model: str, codebook: str | None, dtype: str, device: str | Non
     import torch
     from transformers import AutoProcessor
 
-    from .models.auto_rbl import rbl_class
+    from ..models.auto_rbl import rbl_class
 
     _check_placement(dtype, device)
     loaded = rbl_class(model).from_pretrained(model, codebook=codebook, pruning={"enabled": False}, dtype=dtype).eval()
@@ -445,7 +445,3 @@ def _load(model: str, dtype: str, device: str, device_map: str | None):
     if device_map is None:
         loaded = loaded.to(device)
     return loaded, AutoProcessor.from_pretrained(model)
-
-
-if __name__ == "__main__":
-    app()

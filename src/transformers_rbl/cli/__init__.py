@@ -1,0 +1,6 @@
+"""`rbl`, the command line: build, inspect and convert codebooks; evaluate and calibrate pruned models."""
+
+from .app import app
+
+
+__all__ = ["app"]
