@@ -238,7 +238,7 @@ def test_images_and_questions_of_a_folder(tmp_path):
 
 
 def test_what_cannot_be_loaded(family, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DEFAULT_MODEL", "nowhere")
+    monkeypatch.setattr(demo.page, "DEFAULT_MODEL", "nowhere")
     with pytest.raises(ValueError, match="give --model"):
         load_demo()
     with pytest.raises(ValueError, match="has no codebook: give --codebook"):
@@ -268,7 +268,7 @@ def test_a_checkpoint_with_everything_inside_runs_as_a_space(family, stand, file
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **kwargs: launched.append(kwargs))
     monkeypatch.setenv("RBL_MODEL", str(tmp_path / "model"))
     monkeypatch.delenv("RBL_CODEBOOK", raising=False)
-    shutil.copy(demo.__file__, tmp_path / "app.py")
+    shutil.copy(Path(demo.__file__).with_name("app.py"), tmp_path / "app.py")
     runpy.run_path(str(tmp_path / "app.py"), run_name="__main__")
     assert len(launched) == 1 and launched[0]["server_name"] is None
 

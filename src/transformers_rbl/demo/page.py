@@ -135,7 +135,7 @@ def default_model() -> Path:
     Raises:
         ValueError: if it is not there, as in an installed package.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "codebooks", package.parents[1] / "codebooks"):
         if (folder / DEFAULT_MODEL / "config.json").is_file():
             return folder / DEFAULT_MODEL
@@ -600,7 +600,3 @@ def launch(demo: Demo, host: str | None = None, port: int | None = None, share: 
         footer_links=["gradio"], css=squares, **kwargs,
     )  # fmt: skip
     return app
-
-
-if __name__ == "__main__":
-    launch(load_demo(*(os.environ.get(name) or None for name in ("RBL_MODEL", "RBL_CODEBOOK", "RBL_IMAGES"))))
