@@ -238,7 +238,7 @@ def test_images_and_questions_of_a_folder(tmp_path):
 
 
 def test_what_cannot_be_loaded(family, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.page, "DEFAULT_MODEL", "nowhere")
+    monkeypatch.setattr(demo.loading, "DEFAULT_MODEL", "nowhere")
     with pytest.raises(ValueError, match="give --model"):
         load_demo()
     with pytest.raises(ValueError, match="has no codebook: give --codebook"):

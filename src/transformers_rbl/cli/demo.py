@@ -30,9 +30,9 @@ def demo(
     dtype: Dtype = "auto",
 ) -> None:
     """A page: stock and pruned answers side by side, what was kept, and why a patch was dropped."""
-    from ..demo import launch, load_demo
-
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs gradio: pip install transformers_rbl[demo].")
+    from ..demo import launch, load_demo
+
     check_placement(dtype, device)
     launch(load_demo(model, codebook, images, device, dtype), host, port, share)

@@ -6,4 +6,5 @@ from transformers_rbl.demo import launch, load_demo
 
 
 if __name__ == "__main__":
-    launch(load_demo(*(os.environ.get(name) or None for name in ("RBL_MODEL", "RBL_CODEBOOK", "RBL_IMAGES"))))
+    model, codebook, images = (os.environ.get(name) or None for name in ("RBL_MODEL", "RBL_CODEBOOK", "RBL_IMAGES"))
+    launch(load_demo(model, codebook, images))
