@@ -53,7 +53,7 @@ app(["build", "--help"])
         ("calibrate --model @ --images @ --share 2", "(0, 1]; got 2.0"),
         ("calibrate --model @ --images @ --write", "--write needs --codebook, a folder"),
         ("convert @/missing.pt @/book", "missing.pt"),
-        ("publish @ org/name", "rbl: "),
+        ("publish @ org/name", "has no README.md: a Hub repository opens with its card"),
         ("demo --model @ --device nowhere", "--device nowhere: "),
     ],
 )

@@ -261,9 +261,8 @@ def test_a_checkpoint_with_everything_inside_runs_as_a_space(family, stand, file
     shutil.copytree(files / "book", tmp_path / "model" / "codebook")
     shutil.copytree(files / "images", tmp_path / "model" / "images")
     loaded = load_demo(tmp_path / "model")
-    assert loaded.provenance == stand.provenance and [path.name for path in loaded.images] == [
-        "0.png", "1.png", "2.png", "3.png"
-    ]  # fmt: skip
+    assert loaded.provenance == stand.provenance
+    assert [path.name for path in loaded.images] == ["0.png", "1.png", "2.png", "3.png"]
     launched = []
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **kwargs: launched.append(kwargs))
     monkeypatch.setenv("RBL_MODEL", str(tmp_path / "model"))
