@@ -153,7 +153,7 @@ def ask(
     model, pruning = demo.model, pruning_of(demo, setting, value)
     inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
     seconds, cache, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": pruning}, repeats)
-    keep_mask, kinds = output.keep_masks[0].cpu(), model.model.token_kinds(**inputs)[0]
+    keep_mask, kinds = output["keep_masks"][0].cpu(), model.model.token_kinds(**inputs)[0]
     sides = {}
     for name, rule, tokens in (("stock", OFF, len(keep_mask)), ("pruned", pruning, int(keep_mask.sum()))):
         ids = model.generate(**inputs, pruning=rule, max_new_tokens=max_new_tokens, do_sample=False)
