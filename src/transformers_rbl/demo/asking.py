@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 
 from ..evaluation.evaluate import OFF, prompt_inputs
 from ..evaluation.explain import Explanation, explain
-from ..evaluation.plots import kept_grids
 from ..evaluation.questions import Question
 from ..evaluation.timing import compare_prefills
-from ..models.layout import NEWLINE
+from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig
 from .loading import FIELDS, GUESSES, RATIO, Demo
 
@@ -49,7 +47,7 @@ class Answer:
         image (`PIL.Image.Image`): the part of the photo that the tokens show.
         stock, pruned ([`Side`]): both models.
         keep_mask (`torch.BoolTensor` of shape `(L,)`): the visual tokens that stayed.
-        grids (`dict[str, np.ndarray]`): `"base"` and, with tiles, `"tiles"`: `(rows, columns)` positions of tokens.
+        grids (`dict[str, torch.LongTensor]`): `"base"` and, with tiles, `"tiles"`: `(rows, columns)` places of tokens.
         explanations (`list[Explanation]`): of all L tokens.
         scores (`tuple[float, float, float]`): least and greatest score, and the greatest one kept.
     """
@@ -58,7 +56,7 @@ class Answer:
     stock: Side
     pruned: Side
     keep_mask: torch.Tensor
-    grids: dict[str, np.ndarray]
+    grids: dict[str, torch.Tensor]
     explanations: list[Explanation]
     scores: tuple[float, float, float]
 
@@ -98,24 +96,20 @@ def seen_part(demo: Demo, image: Image.Image, inputs: BatchFeature) -> Image.Ima
     return image
 
 
-def token_grids(demo: Demo, inputs: BatchFeature, kinds: torch.Tensor) -> dict[str, np.ndarray]:
-    """Where one image's tokens lie.
+def image_layout(demo: Demo, inputs: BatchFeature) -> VisualLayout:
+    """Where the tokens of a prompt's one image lie.
 
     Args:
         demo ([`Demo`]): whose model.
-        inputs (`BatchFeature`): of one image.
-        kinds (`torch.LongTensor` of shape `(L,)`): what each token is.
+        inputs (`BatchFeature`): the prompt.
 
-    Returns:
-        `dict[str, np.ndarray]`: `"base"` and, where the image has tiles, `"tiles"`, each `(rows, columns)` positions
-        of tokens. Both cover the whole image.
+    Raises:
+        ValueError: for a family that knows it only once the image is encoded.
     """
-    positions = torch.arange(len(kinds))
-    if "image_sizes" in inputs and not hasattr(demo.model.config, "image_grid_pinpoints"):
-        # Pixtral's grid has the image's shape.
-        rows = int(inputs["image_sizes"][0][0]) // demo.model.config.vision_config.patch_size
-        return {"base": positions.view(rows, -1).numpy()}
-    return kept_grids(positions, kinds)
+    layouts = demo.model.model.layouts(**inputs)
+    if layouts is None:
+        raise ValueError(f"The demo cannot show what {demo.name} drops: only its encoder knows where its tokens lie.")
+    return layouts[0]
 
 
 @torch.no_grad()
@@ -153,7 +147,7 @@ def ask(
     model, pruning = demo.model, pruning_of(demo, setting, value)
     inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
     seconds, cache, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": pruning}, repeats)
-    keep_mask, kinds = output["keep_masks"][0].cpu(), model.model.token_kinds(**inputs)[0]
+    keep_mask, layout = output["keep_masks"][0].cpu(), image_layout(demo, inputs)
     sides = {}
     for name, rule, tokens in (("stock", OFF, len(keep_mask)), ("pruned", pruning, int(keep_mask.sum()))):
         ids = model.generate(**inputs, pruning=rule, max_new_tokens=max_new_tokens, do_sample=False)
@@ -163,13 +157,13 @@ def ask(
     features = model.get_image_features(**visual, pruning=OFF, return_dict=True).pooler_output[0]
     explanations = explain(model.codebook, features, demo.provenance or [UNKNOWN] * len(model.codebook.prototypes))
     scores = torch.tensor([explanation.score for explanation in explanations])
-    patches = kinds != NEWLINE
+    patches = layout.scored(OFF)
     return Answer(
         image=seen_part(demo, image, inputs),
         stock=sides["stock"],
         pruned=sides["pruned"],
         keep_mask=keep_mask,
-        grids=token_grids(demo, inputs, kinds),
+        grids=layout.grids,
         explanations=explanations,
         scores=(float(scores[patches].min()), float(scores[patches].max()), float(scores[patches & keep_mask].max())),
     )

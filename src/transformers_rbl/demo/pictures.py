@@ -22,7 +22,7 @@ def picture(answer: Answer, view: str) -> Image.Image:
     width, height = answer.image.size
     scale = SHOWN / max(width, height)  # small ones grow: the page then never has to, and clicks fall where they should
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return dim_dropped(answer.image.resize(size), answer.keep_mask.numpy()[answer.grids[view]])
+    return dim_dropped(answer.image.resize(size), answer.keep_mask[answer.grids[view]].numpy())
 
 
 def cell_at(shape: tuple[int, int], x: float, y: float, size: tuple[int, int]) -> tuple[int, int]:
