@@ -209,6 +209,12 @@ def test_bad_questions_give_one_sentence(stand, wide, arguments, words):
         ask(stand, *(wide if argument == "photo" else argument for argument in arguments))
 
 
+def test_a_family_that_knows_its_layout_too_late_is_refused(stand, wide, monkeypatch):
+    monkeypatch.setattr(stand.model.model, "layouts", lambda **inputs: None)
+    with pytest.raises(ValueError, match="only its encoder knows where its tokens lie"):
+        demo.asking.image_layout(stand, stand.processor(images=wide, text="<image>", return_tensors="pt"))
+
+
 def test_uploads(tmp_path):
     (tmp_path / "broken.png").write_text("not a photo")
     with pytest.raises(ValueError, match="broken.png is no image"):
@@ -238,7 +244,7 @@ def test_images_and_questions_of_a_folder(tmp_path):
 
 
 def test_what_cannot_be_loaded(family, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DEFAULT_MODEL", "nowhere")
+    monkeypatch.setattr(demo.loading, "DEFAULT_MODEL", "nowhere")
     with pytest.raises(ValueError, match="give --model"):
         load_demo()
     with pytest.raises(ValueError, match="has no codebook: give --codebook"):
@@ -261,14 +267,13 @@ def test_a_checkpoint_with_everything_inside_runs_as_a_space(family, stand, file
     shutil.copytree(files / "book", tmp_path / "model" / "codebook")
     shutil.copytree(files / "images", tmp_path / "model" / "images")
     loaded = load_demo(tmp_path / "model")
-    assert loaded.provenance == stand.provenance and [path.name for path in loaded.images] == [
-        "0.png", "1.png", "2.png", "3.png"
-    ]  # fmt: skip
+    assert loaded.provenance == stand.provenance
+    assert [path.name for path in loaded.images] == ["0.png", "1.png", "2.png", "3.png"]
     launched = []
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **kwargs: launched.append(kwargs))
     monkeypatch.setenv("RBL_MODEL", str(tmp_path / "model"))
     monkeypatch.delenv("RBL_CODEBOOK", raising=False)
-    shutil.copy(demo.__file__, tmp_path / "app.py")
+    shutil.copy(Path(demo.__file__).with_name("app.py"), tmp_path / "app.py")
     runpy.run_path(str(tmp_path / "app.py"), run_name="__main__")
     assert len(launched) == 1 and launched[0]["server_name"] is None
 

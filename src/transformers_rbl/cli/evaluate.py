@@ -1,0 +1,97 @@
+"""`rbl evaluate`: what pruning costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from .shared import (
+    KEEP_RATIOS,
+    AnyModel,
+    Codebook,
+    Device,
+    Dtype,
+    Split,
+    Streaming,
+    Suffix,
+    app,
+    check_metrics,
+    load_pruned,
+    need_matplotlib,
+    one_sentence,
+)
+
+
+@app.command()
+@one_sentence
+def evaluate(
+    model: AnyModel,
+    data: Annotated[str, typer.Option(help="JSON Lines file, or a datasets dataset (Hub id or local).")],
+    out: Annotated[Path, typer.Option(help="Folder for results.md, results.json and accuracy.png.")],
+    codebook: Codebook = None,
+    score: Annotated[list[str] | None, typer.Option(help="Scores to compare; default cosine. Repeat.")] = None,
+    keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios, for every score. Repeat.")] = None,
+    threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds. Repeat.")] = None,
+    tiles: Annotated[str, typer.Option(help="all or base.")] = "all",
+    newlines: Annotated[str, typer.Option(help="all, row or last.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="Of score random.")] = 0,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="exact, normalised, choice, yes_no; default normalised.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column with an image, or a list of them.")] = "image",
+    question_column: Annotated[str, typer.Option()] = "question",
+    answer_column: Annotated[str, typer.Option(help="An answer, or a list of accepted ones.")] = "answer",
+    split: Split = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions at most.")] = None,
+    streaming: Streaming = False,
+    suffix: Suffix = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """What pruning costs: accuracy against retention, for many rules on one pass over the images."""
+    from ..evaluation.evaluate import evaluate as ask_under_rules
+    from ..evaluation.evaluate import table_rows, write_results
+    from ..evaluation.questions import read_questions
+    from ..models.pruning import PruningConfig
+
+    need_matplotlib()
+    metrics = metric or ["normalised"]
+    check_metrics(metrics)
+    ratios = keep_ratio or (() if threshold else KEEP_RATIOS)
+    rules = [
+        PruningConfig(keep_ratio=ratio, score=name, tiles=tiles, newlines=newlines, seed=seed)
+        for name in score or ["cosine"]
+        for ratio in ratios
+    ]
+    rules += [PruningConfig(threshold=value, tiles=tiles, newlines=newlines, seed=seed) for value in threshold or ()]
+    loaded, processor = load_pruned(model, codebook, dtype, device)
+    for rule in rules:
+        loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
+    if streaming and limit is None:
+        raise ValueError("A streamed dataset has no known length: give --limit.")
+    questions = read_questions(data, image_column, question_column, answer_column, split, limit, streaming)
+    progress = tqdm(questions, unit="question", total=limit)
+    results, references = ask_under_rules(loaded, processor, progress, rules, metrics, max_new_tokens, suffix)
+    about = {
+        "model": model,
+        "codebook": codebook or "the checkpoint's",
+        "data": data,
+        "questions": len(references),
+        "device": f"{loaded.device}, {loaded.dtype}",
+    }
+    write_results(out, results, references, about)
+    columns, rows = table_rows(results, references)
+    table = Table(title=escape(f"{model} on {data}, {len(references)} questions; [95% interval]"))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+    Console().print(f"[bold]{out / 'results.md'}[/bold], results.json, accuracy.png")

@@ -1,0 +1,40 @@
+"""`rbl publish`: upload to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .shared import app, one_sentence
+
+
+@app.command()
+@one_sentence
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder laid out as its repository, e.g. one of codebooks/.")],
+    repo: Annotated[str, typer.Argument(help="Hub id to publish it under; made if missing.")],
+    dry_run: Annotated[bool, typer.Option(help="List what would go, and stop.")] = False,
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
+    from ..hub.publish import files_to_publish
+    from ..hub.publish import publish as upload
+
+    table = Table(title=f"{folder} as {repo}")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for name, size in files_to_publish(folder):
+        table.add_row(name, f"{size:,}")
+    Console().print(table)
+    if dry_run:
+        Console().print("Nothing was uploaded.")
+        return
+    info = upload(folder, repo, private or None, None, revision, create_pr, message)
+    Console().print(f"[bold]{info.pr_url or info.commit_url}[/bold]")

@@ -1,0 +1,189 @@
+"""A question asked of both models: answers, visual tokens, prefill time, KV cache, and what every token looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+
+from ..evaluation.evaluate import OFF, prompt_inputs
+from ..evaluation.explain import Explanation, explain
+from ..evaluation.questions import Question
+from ..evaluation.timing import compare_prefills
+from ..models.layout import VisualLayout
+from ..models.pruning import PruningConfig
+from .loading import FIELDS, GUESSES, RATIO, Demo
+
+
+REPEATS = 3  # timed prefills of each, after one that warms up
+MAX_NEW_TOKENS = 64
+UNKNOWN = {"image": "", "position": "-1", "word_1": "", "word_2": "", "word_3": ""}
+
+
+@dataclass
+class Side:
+    """What one of both models did.
+
+    Args:
+        answer (`str`): what it said.
+        tokens (`int`): visual tokens that its language model saw.
+        seconds (`float`): median time of a prefill, image included.
+        cache (`int`): bytes of the KV cache after it.
+    """
+
+    answer: str
+    tokens: int
+    seconds: float
+    cache: int
+
+
+@dataclass
+class Answer:
+    """A question asked of both models, and what a click on a patch looks up.
+
+    Args:
+        image (`PIL.Image.Image`): the part of the photo that the tokens show.
+        stock, pruned ([`Side`]): both models.
+        keep_mask (`torch.BoolTensor` of shape `(L,)`): the visual tokens that stayed.
+        grids (`dict[str, torch.LongTensor]`): `"base"` and, with tiles, `"tiles"`: `(rows, columns)` places of tokens.
+        explanations (`list[Explanation]`): of all L tokens.
+        scores (`tuple[float, float, float]`): least and greatest score, and the greatest one kept.
+    """
+
+    image: Image.Image
+    stock: Side
+    pruned: Side
+    keep_mask: torch.Tensor
+    grids: dict[str, torch.Tensor]
+    explanations: list[Explanation]
+    scores: tuple[float, float, float]
+
+
+def pruning_of(demo: Demo, setting: str, value: float) -> PruningConfig:
+    """The slider as settings: the model's own, but for keep ratio and threshold, and scored by cosine.
+
+    Args:
+        demo ([`Demo`]): whose model.
+        setting (`str`): `"keep ratio"` or `"threshold"`.
+        value (`float`): the slider's.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+    if setting not in FIELDS:
+        raise ValueError(f"Choose {' or '.join(FIELDS)}, not {setting}.")
+    limits = {**dict.fromkeys(FIELDS.values()), FIELDS[setting]: value}
+    return replace(demo.model.pruning or OFF, **limits, score="cosine", enabled=True)
+
+
+def seen_part(demo: Demo, image: Image.Image, inputs: BatchFeature) -> Image.Image:
+    """The part of an image that its tokens show: all of it, its central square where the processor crops, or more than
+    it where the processor pads.
+
+    Args:
+        demo ([`Demo`]): whose processor.
+        image (`PIL.Image.Image`): the photo.
+        inputs (`BatchFeature`): what the processor made of it.
+    """
+    if "image_sizes" in inputs:  # tiles, or a tower for any shape
+        return image
+    if getattr(demo.processor.image_processor, "do_pad", False):
+        return ImageOps.pad(image, (max(image.size), max(image.size)))
+    if getattr(demo.processor.image_processor, "do_center_crop", False):
+        return ImageOps.fit(image, (min(image.size), min(image.size)))
+    return image
+
+
+def image_layout(demo: Demo, inputs: BatchFeature) -> VisualLayout:
+    """Where the tokens of a prompt's one image lie.
+
+    Args:
+        demo ([`Demo`]): whose model.
+        inputs (`BatchFeature`): the prompt.
+
+    Raises:
+        ValueError: for a family that knows it only once the image is encoded.
+    """
+    layouts = demo.model.model.layouts(**inputs)
+    if layouts is None:
+        raise ValueError(f"The demo cannot show what {demo.name} drops: only its encoder knows where its tokens lie.")
+    return layouts[0]
+
+
+@torch.no_grad()
+def ask(
+    demo: Demo,
+    image: Image.Image | None,
+    question: str | None,
+    setting: str = RATIO,
+    value: float = GUESSES[RATIO],
+    repeats: int = REPEATS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Answer:
+    """Ask both models. Settings travel with the calls: any number of threads may ask at once.
+
+    Args:
+        demo ([`Demo`]): model, processor and codebook.
+        image (`PIL.Image.Image`, *optional*): the photo; None raises.
+        question (`str`, *optional*): an empty one raises.
+        setting (`str`): `"keep ratio"` or `"threshold"`.
+        value (`float`): of the setting.
+        repeats (`int`): timed prefills of each, stock and pruned in turn.
+        max_new_tokens (`int`): length of an answer; decoding is greedy.
+
+    Raises:
+        ValueError: without image or question, for a setting out of range, or a question with an image's placeholder.
+    """
+    if image is None:
+        raise ValueError("Pick or upload an image first.")
+    question = (question or "").strip()
+    if not question:
+        raise ValueError("Ask a question first.")
+    special = [getattr(demo.processor, name, None) for name in ("image_token", "video_token")]
+    if any(token and token in question for token in special):
+        raise ValueError("A question is plain text: take the image's placeholder out.")
+    model, pruning = demo.model, pruning_of(demo, setting, value)
+    inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
+    seconds, cache, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": pruning}, repeats)
+    keep_mask, layout = output["keep_masks"][0].cpu(), image_layout(demo, inputs)
+    sides = {}
+    for name, rule, tokens in (("stock", OFF, len(keep_mask)), ("pruned", pruning, int(keep_mask.sum()))):
+        ids = model.generate(**inputs, pruning=rule, max_new_tokens=max_new_tokens, do_sample=False)
+        answer = demo.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        sides[name] = Side(answer.strip(), tokens, seconds[name], cache[name])
+    visual = {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
+    features = model.get_image_features(**visual, pruning=OFF, return_dict=True).pooler_output[0]
+    explanations = explain(model.codebook, features, demo.provenance or [UNKNOWN] * len(model.codebook.prototypes))
+    scores = torch.tensor([explanation.score for explanation in explanations])
+    patches = layout.scored(OFF)
+    return Answer(
+        image=seen_part(demo, image, inputs),
+        stock=sides["stock"],
+        pruned=sides["pruned"],
+        keep_mask=keep_mask,
+        grids=layout.grids,
+        explanations=explanations,
+        scores=(float(scores[patches].min()), float(scores[patches].max()), float(scores[patches & keep_mask].max())),
+    )
+
+
+def figures(answer: Answer) -> str:
+    """Tokens, time and memory of both models as a Markdown table, and the scores' range."""
+    stock, pruned = answer.stock, answer.pruned
+    low, high, kept = answer.scores
+    rows = [
+        ("visual tokens", f"{stock.tokens}", f"{pruned.tokens}", pruned.tokens / stock.tokens),
+        (
+            f"prefill, median of {REPEATS}",
+            f"{stock.seconds * 1e3:.1f} ms",
+            f"{pruned.seconds * 1e3:.1f} ms",
+            pruned.seconds / stock.seconds,
+        ),
+        ("KV cache", f"{stock.cache / 2**20:.2f} MiB", f"{pruned.cache / 2**20:.2f} MiB", pruned.cache / stock.cache),
+    ]
+    lines = ["| | stock | pruned | pruned / stock |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {before} | {after} | {share:.0%} |" for name, before, after, share in rows]
+    scores = f"This image's tokens score {low:.2f} to {high:.2f}; the highest score kept is {kept:.2f}."
+    return "\n".join([*lines, "", scores])

@@ -1,0 +1,175 @@
+"""What the demo loads once: a pruned model, images and questions to pick from, and where its prototypes come from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoProcessor
+
+from ..building.images import READ_ERRORS, SUFFIXES
+from ..building.inspection import provenance_of
+from ..models.auto_rbl import rbl_class
+
+
+DEFAULT_MODEL = "digits-llava-next"
+RATIO, THRESHOLD = "keep ratio", "threshold"
+FIELDS = {RATIO: "keep_ratio", THRESHOLD: "threshold"}  # of PruningConfig
+GUESSES = {RATIO: 0.2, THRESHOLD: 0.6}
+QUESTION = "What is shown in this image?"
+MOST_QUESTIONS = 6
+
+
+@dataclass
+class Demo:
+    """What all requests share; nothing in it changes after loading.
+
+    Args:
+        model (`RBLGenerationMixin`): a full pruned model with a codebook, in eval mode.
+        processor (`ProcessorMixin`): the checkpoint's.
+        name (`str`): what the model is called.
+        images (`list[Path]`): to pick from.
+        questions (`list[str]`): to pick from.
+        provenance (`list[dict[str, str]]`, *optional*): rows of the codebook's table.
+        sources (`dict[str, Path]`): image files by the names that the table may give them.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    images: list[Path]
+    questions: list[str]
+    provenance: list[dict[str, str]] | None
+    sources: dict[str, Path]
+
+    def default(self, setting: str) -> float:
+        """Where the slider of a setting begins: the model's own setting, the codebook's, or a guess."""
+        name = FIELDS[setting]
+        own, recommended = getattr(self.model.pruning, name, None), getattr(self.model.codebook, f"recommended_{name}")
+        return next(value for value in (own, recommended, GUESSES[setting]) if value is not None)
+
+
+def default_model() -> Path:
+    """The repository's demonstration checkpoint.
+
+    Raises:
+        ValueError: if it is not there, as in an installed package.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "codebooks", package.parents[1] / "codebooks"):
+        if (folder / DEFAULT_MODEL / "config.json").is_file():
+            return folder / DEFAULT_MODEL
+    raise ValueError(f"codebooks/{DEFAULT_MODEL} is not here, so give --model: a checkpoint's folder or Hub id.")
+
+
+def load_demo(
+    model: str | os.PathLike | None = None,
+    codebook: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> Demo:
+    """Load everything once.
+
+    Args:
+        model (`str` or `os.PathLike`, *optional*): stock or pruned checkpoint, folder or Hub id; default
+            [`default_model`].
+        codebook (`str` or `os.PathLike`, *optional*): folder or Hub id; needed unless the checkpoint has one.
+        images (`str` or `os.PathLike`, *optional*): folder of images to pick from, in which the prototypes' source
+            images are looked for; a `questions.jsonl` in it gives questions to pick from. Default: `images` in the
+            model's folder, else two photos that come with scikit-learn.
+        device (`str`, *optional*): default a GPU if there is one.
+        dtype (`str`): as in `from_pretrained`.
+
+    Raises:
+        OSError: if a file is missing or cannot be read.
+        ValueError: if there is no model, no codebook or no image, or a provenance table is of another codebook.
+    """
+    model = str(default_model() if model is None else model)
+    folder = Path(model, "images") if images is None and Path(model, "images").is_dir() else images
+    files = sample_photos() if folder is None else image_files(folder)
+    loaded = rbl_class(model).from_pretrained(model, codebook=codebook, dtype=dtype).eval()
+    if loaded.codebook is None:
+        raise ValueError(f"{model} has no codebook: give --codebook.")
+    provenance = next(filter(None, map(provenance_of, provenance_places(model, codebook))), None)
+    count = len(loaded.codebook.prototypes)
+    if provenance is not None and len(provenance) != count:
+        raise ValueError(f"The provenance table has {len(provenance)} rows, but the codebook {count} prototypes.")
+    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Demo(
+        model=loaded,
+        processor=AutoProcessor.from_pretrained(model),
+        name=Path(model).name,
+        images=list(files.values()),
+        questions=[QUESTION] if folder is None else suggested_questions(folder),
+        provenance=provenance,
+        sources={**{path.name: path for path in files.values()}, **files},
+    )
+
+
+def sample_photos() -> dict[str, Path]:
+    """Two photos that come with scikit-learn: files by name."""
+    from sklearn.datasets import load_sample_images
+
+    return {Path(name).name: Path(name) for name in load_sample_images().filenames}
+
+
+def image_files(folder: str | os.PathLike) -> dict[str, Path]:
+    """Image files of a folder, searched in depth, by their path in it, sorted.
+
+    Raises:
+        ValueError: if it is no folder, or holds no images.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of images.")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}).")
+    return {str(path.relative_to(folder)): path for path in paths}
+
+
+def suggested_questions(folder: str | os.PathLike) -> list[str]:
+    """The first different questions of a folder's `questions.jsonl`, the format of `rbl evaluate`.
+
+    Raises:
+        ValueError: if the file is there, but does not hold questions.
+    """
+    file = Path(folder, "questions.jsonl")
+    if not file.is_file():
+        return [QUESTION]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        questions = dict.fromkeys(str(json.loads(line)["question"]) for line in lines if line.strip())
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a question in every line ({error!r}).") from error
+    return list(questions)[:MOST_QUESTIONS] or [QUESTION]
+
+
+def open_photo(path: str | os.PathLike | None) -> Image.Image:
+    """An uploaded file as an RGB image, upright.
+
+    Args:
+        path (`str` or `os.PathLike`, *optional*): None if nothing was uploaded.
+
+    Raises:
+        ValueError: if it is no image that can be read.
+    """
+    if path is None:
+        raise ValueError("Pick or upload an image first.")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except READ_ERRORS as error:
+        raise ValueError(f"{Path(path).name} is no image that can be read: upload another one.") from error
+
+
+def provenance_places(model: str, codebook: str | os.PathLike | None) -> list[str | os.PathLike]:
+    """Where a provenance table may be: beside the codebook given, or in the checkpoint, or in a folder of it."""
+    if codebook is not None:
+        return [codebook]
+    return [model, Path(model, "codebook")] if Path(model).is_dir() else [model]
