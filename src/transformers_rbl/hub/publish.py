@@ -74,6 +74,6 @@ def publish(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=names, ignore_patterns=IGNORED, revision=revision,
+        repo_id=repo_id, folder_path=Path(folder), allow_patterns=names, ignore_patterns=IGNORED, revision=revision,
         create_pr=create_pr, commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
     )  # fmt: skip

@@ -4,6 +4,9 @@ Stock and pruned checkpoints of the three families, images, several images and v
 processes (`accelerate launch`). What was kept goes into the harness's log, as its throughput figures do.
 """
 
+# The engine has an environment of its own (tests/engines): where types are checked, it cannot be found.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import time
@@ -105,7 +108,7 @@ class RBL(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests, which go through the model in batches of like settings."""
-        answers: list[str | None] = [None] * len(requests)
+        answers = [""] * len(requests)
         kept = whole = images = said = 0
         began = time.perf_counter()
         bar = tqdm(total=len(requests), disable=self._rank != 0, desc="Model Responding")
@@ -126,7 +129,7 @@ class RBL(lmms):
         seconds, count = time.perf_counter() - began, len(requests)
         if self._world_size > 1:
             own = torch.tensor([kept, whole, images, said, count], device=self.accelerator.device)
-            kept, whole, images, said, count = self.accelerator.reduce(own).tolist()
+            kept, whole, images, said, count = torch.as_tensor(self.accelerator.reduce(own)).tolist()
         log_metrics(
             seconds, said, said / seconds if seconds else 0.0,
             {"visual_tokens": whole / max(images, 1), "visual_tokens_kept": kept / max(images, 1),

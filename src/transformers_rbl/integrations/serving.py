@@ -65,15 +65,15 @@ def with_keep_ratio(pruning: PruningConfig, keep_ratio: float | None) -> Pruning
     reserved memory for that."""
     if keep_ratio is None:
         return pruning
-    asked = PruningConfig(keep_ratio=keep_ratio)  # raises for anything that is no ratio
+    PruningConfig(keep_ratio=keep_ratio)  # raises for anything that is no ratio
     if not pruning.enabled:
         raise ValueError("keep_ratio was given for one request, but this checkpoint does not prune.")
-    if asked.keep_ratio > pruning.keep_ratio:
+    if pruning.keep_ratio is None or keep_ratio > pruning.keep_ratio:
         raise ValueError(
-            f"keep_ratio={asked.keep_ratio} of this request is above the {pruning.keep_ratio} that the engine has "
+            f"keep_ratio={keep_ratio} of this request is above the {pruning.keep_ratio} that the engine has "
             "reserved memory for: start it with a larger one in --hf-overrides."
         )
-    return replace(pruning, keep_ratio=asked.keep_ratio)
+    return replace(pruning, keep_ratio=keep_ratio)
 
 
 class ImageLayouts:

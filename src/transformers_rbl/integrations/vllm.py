@@ -3,6 +3,9 @@
 vLLM calls `register` in every one of its processes. It stays cheap: models are named by strings and imported on use.
 """
 
+# The engine has an environment of its own (tests/engines): where types are checked, it cannot be found.
+# pyright: reportMissingImports=false
+
 ARCHITECTURES = (
     "LlavaForConditionalGenerationRBL",
     "LlavaNextForConditionalGenerationRBL",
@@ -12,7 +15,8 @@ ARCHITECTURES = (
 
 def register() -> None:
     """Teach vLLM our model types and architectures."""
-    from vllm import ModelRegistry
+    # This file has the name of the engine, which hides it from the type checker.
+    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
 
     import transformers_rbl
 

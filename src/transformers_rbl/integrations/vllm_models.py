@@ -5,10 +5,14 @@ along what each token is. Model: the same rule as in transformers picks the toke
 the placeholders', since vLLM would take the first of too many features without a word.
 """
 
+# The engine has an environment of its own (tests/engines): where types are checked, it cannot be found.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -36,6 +40,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..models.codebook import RedundancyCodebook
 from ..models.layout import VisualLayout
+from ..models.pruning import PruningConfig
 from .serving import ImageLayouts, keep_of_image, served_pruning, with_keep_ratio
 
 
@@ -46,13 +51,16 @@ KINDS, RATIO, KEPT = "token_kinds", "keep_ratio", "kept_tokens"
 # --- front end: how many placeholders ---------------------------------------------------------------------------------
 
 
-class RBLInfo:
+Mixed: Any = object  # vLLM's own classes, which these are mixed into below
+
+
+class RBLInfo(Mixed):
     """Counts of visual tokens. `stock` is the class that this one is mixed into."""
 
-    stock: type
+    stock: Any
 
     @cached_property
-    def pruning(self):
+    def pruning(self) -> PruningConfig:
         return served_pruning(self.get_hf_config())
 
     @cached_property
@@ -76,15 +84,15 @@ class RBLInfo:
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         return self.layout(image_width, image_height).kept_count(self.pruning)
 
-    def get_image_size_with_most_features(self):
+    def get_image_size_with_most_features(self) -> Any:
         # The image that memory is reserved for is the one of most unpruned tokens; pruned counts tie.
         return self.stock(self.ctx).get_image_size_with_most_features()
 
 
-class RBLProcessor:
+class RBLProcessor(Mixed):
     """Adds to each image what its tokens are and which share of them stays."""
 
-    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, object]):
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, Any]) -> Any:
         hf_kwargs = dict(hf_kwargs)
         pruning = with_keep_ratio(self.info.pruning, hf_kwargs.pop("keep_ratio", None))
         data = super()._apply_hf_processor_main(mm_items, hf_kwargs)
@@ -120,7 +128,7 @@ class RBLProcessor:
 # --- model: which tokens ----------------------------------------------------------------------------------------------
 
 
-class RBLModel:
+class RBLModel(Mixed):
     """Encodes images as the stock model does, then drops redundant tokens."""
 
     supports_tower_connector_lora = False
@@ -137,7 +145,7 @@ class RBLModel:
         # in groups that stock would have formed, so that memory stays what stock needs.
         self.tokens_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
-    def embed_multimodal(self, **kwargs: object):
+    def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:
             # Chosen by the caller, of any length; stock would want all of one length, and end the engine if not.
             embeds = kwargs.get("image_embeds")
@@ -183,7 +191,7 @@ class RBLModel:
             raise ValueError("The checkpoint's prototypes hold NaN or infinite values.")
         return loaded | {"codebook.prototypes"}
 
-    def get_mm_lora_token_counts(self, *, modality, mm_kwargs, num_mm_embeds):
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> Any:
         raise NotImplementedError("LoRA on the vision tower or the projector is not served with pruning.")
 
 

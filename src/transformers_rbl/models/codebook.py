@@ -45,6 +45,9 @@ class RedundancyCodebook(nn.Module):
         ValueError: if `prototypes` is not such a matrix, in a sentence that says why.
     """
 
+    prototypes: torch.Tensor
+    unit_prototypes: torch.Tensor
+
     def __init__(
         self,
         prototypes: torch.Tensor,
@@ -55,9 +58,10 @@ class RedundancyCodebook(nn.Module):
     ):
         super().__init__()
         _check_prototypes(prototypes)
-        for setting in ({"keep_ratio": recommended_keep_ratio}, {"threshold": recommended_threshold}):
-            if None not in setting.values():
-                PruningConfig(**setting)  # raises for a value out of range
+        if recommended_keep_ratio is not None:
+            PruningConfig(keep_ratio=recommended_keep_ratio)  # raises for a value out of range
+        if recommended_threshold is not None:
+            PruningConfig(threshold=recommended_threshold)
         self.base_model = base_model
         self.recommended_keep_ratio = recommended_keep_ratio
         self.recommended_threshold = recommended_threshold
@@ -93,13 +97,13 @@ class RedundancyCodebook(nn.Module):
         self.unit_prototypes = nn.functional.normalize(self.prototypes, dim=-1)
         self.is_loaded = self.prototypes.device.type != "meta" and bool(self.prototypes.isfinite().all())
 
-    def score(self, tokens: torch.Tensor, kind: str = "cosine", **given) -> torch.Tensor:
+    def score(self, tokens: torch.Tensor, kind: str = "cosine", **inputs: Any) -> torch.Tensor:
         """How redundant each token is.
 
         Args:
             tokens (`torch.Tensor` of shape `(L, d)`): visual tokens of one image, any floating dtype.
             kind (`str`): a key of [`~transformers_rbl.models.scorers.SCORERS`].
-            given: what a scorer needs beside tokens and prototypes (`seed`, `frame`, `cls_similarity`, `count`).
+            inputs: what a scorer needs beside tokens and prototypes (`seed`, `frame`, `cls_similarity`, `count`).
 
         Returns:
             `torch.FloatTensor` of shape `(L,)`, on the tokens' device; higher is more redundant.
@@ -111,8 +115,8 @@ class RedundancyCodebook(nn.Module):
             )
         if not self.is_loaded:
             raise ValueError("This codebook's prototypes were never loaded: the model was made from a config alone.")
-        given = {"seed": 0, "frame": 0, **given}
-        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes.to(tokens.device), **given)
+        inputs = {"seed": 0, "frame": 0, **inputs}
+        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes.to(tokens.device), **inputs)
 
     def keep_mask(self, tokens: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
         """Which of one image's tokens `(L, d)` stay under `pruning`: `torch.BoolTensor` of shape `(L,)`."""
@@ -148,7 +152,7 @@ class RedundancyCodebook(nn.Module):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> RedundancyCodebook:
@@ -297,11 +301,11 @@ def keep_mask(
     count = None
     if pruning.keep_ratio is not None:
         count = kept_token_count(len(tokens), pruning.keep_ratio, pruning.min_tokens)
-    given = {"seed": pruning.seed, "frame": frame, "count": count, "cls_similarity": cls_similarity}
+    inputs = {"seed": pruning.seed, "frame": frame, "count": count, "cls_similarity": cls_similarity}
     if codebook is not None and pruning.needs_codebook:
-        scores = codebook.score(tokens, pruning.score, **given)
+        scores = codebook.score(tokens, pruning.score, **inputs)
     else:
-        scores = score_tokens(pruning.score, tokens=tokens, **given)
+        scores = score_tokens(pruning.score, tokens=tokens, **inputs)
     return select_tokens(scores, pruning)
 
 

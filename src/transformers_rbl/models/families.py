@@ -139,14 +139,15 @@ class LlavaFamily(Family):
         first = list(accumulate(tiles, initial=0))[:-1]
         base = pixels[:, 0] if pixels.ndim == 5 else pixels[first]
         settings = {name: value for name, value in arguments.items() if name not in _DESCRIBES_TILES}
-        outputs = LlavaModel.get_image_features(model, base, **settings, return_dict=True)
+        encode: Any = LlavaModel.get_image_features
+        outputs = encode(model, base, **settings, return_dict=True)
         outputs[TOKENS] = list(outputs[TOKENS])
         return outputs
 
     def cls_similarity(self, model, modality, outputs, arguments, base_alone):
         similarity = self._cls_cosines(model, outputs, arguments)
         if not base_alone:
-            parts = similarity.split(self.tiles(model, arguments))
+            parts = list(similarity.split(self.tiles(model, arguments)))
             similarity = self.pack(model, parts, similarity.new_zeros(1), arguments)
         return [row[:, 0] for row in similarity]
 

@@ -68,8 +68,6 @@ class RBLGenerationMixin(RBLMixin):
         self._check_generation(call)
 
         prompt, original_ids = call.prompt, call.input_ids
-        if prompt is None:
-            raise ValueError("Pruning needs the prompt: pass input_ids (or inputs_embeds) beside the images.")
         if call.attention_mask is None:
             call.attention_mask = self._infer_attention_mask(call, prompt)
         # As in stock: the full prompt, or what is new of it beside a mask for all.
@@ -95,7 +93,7 @@ class RBLGenerationMixin(RBLMixin):
                 prepared.call.position_ids = compact.position_ids
             if past.entries > 0:
                 self._prepend_cached(compact, plan, call, seen)
-            compact_length = (compact.prompt if original_ids is None else compact.input_ids).shape[1]
+            compact_length = (compact.prompt if compact.input_ids is None else compact.input_ids).shape[1]
             self._shift_lengths(compact, prompt.shape[1], compact_length)
             if original_ids is not None:
                 self._show_original(compact, original_ids, compact_length)
@@ -188,13 +186,13 @@ class RBLGenerationMixin(RBLMixin):
         for name in [name for name in compact.along if name != "labels"]:
             values = compact.along[name]
             compact.along[name] = torch.cat([values.new_zeros(*entries.shape, *values.shape[2:]), values], dim=1)
-        if seen and call.input_ids is not None:
+        if seen and call.input_ids is not None and compact.input_ids is not None:
             before = torch.full_like(entries, self.padding_id(), dtype=call.input_ids.dtype)
             text = call.input_ids[:, :seen]
             text = text.masked_fill(self._any_placeholder(text), self.padding_id())
             before[entries] = text[stood]
             compact.input_ids = torch.cat([before, compact.input_ids], dim=1)
-        if seen and call.inputs_embeds is not None:
+        if seen and call.inputs_embeds is not None and compact.inputs_embeds is not None:
             before = call.inputs_embeds.new_zeros(*entries.shape, call.inputs_embeds.shape[-1])
             compact.inputs_embeds = torch.cat([before, compact.inputs_embeds], dim=1)
 

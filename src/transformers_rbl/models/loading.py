@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -29,9 +29,9 @@ Mixed: Any = object  # which transformers class the mixins meet is known when a 
 class LoadingMixin(Mixed):
     """What headless and full pruned models share beside `forward`: loading, settings, saving."""
 
-    stock: type[PreTrainedModel]
+    stock: Any  # the class that this one prunes
+    full: Any
     family: Family
-    full: type[PreTrainedModel]
 
     @classmethod
     def from_pretrained(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -75,8 +75,9 @@ class CachedPrompt:
 
     def repeat(self, times: int) -> CachedPrompt:
         """Each row `times` times, as `generate` expands a batch for several return sequences."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return CachedPrompt(*(value if value is None else value.repeat_interleave(times, dim=0) for value in values))
+        rows = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {name: value.repeat_interleave(times, dim=0) for name, value in rows.items() if value is not None}
+        return replace(self, **given)
 
     def original_length(self, cache_length: int) -> int:
         """Original positions that a cache of `cache_length` entries stands for: the prompt, then tokens decoded

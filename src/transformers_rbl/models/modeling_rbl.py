@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .loading import LoadingMixin, inherit_key_conversion
 from .memory import Past, forgotten
@@ -139,8 +139,6 @@ class RBLMixin(LoadingMixin):
             ValueError: if images and placeholders do not match, or something in the call cannot be shortened.
         """
         call = call.copy()
-        if call.prompt is None:
-            raise ValueError("Pruning needs the prompt: pass input_ids (or inputs_embeds) beside the images.")
         if call.position_ids is None:
             call.position_ids = stock_positions(self, call, past, seen)
         features = self._encode(call, pruning)
@@ -168,8 +166,8 @@ class RBLMixin(LoadingMixin):
         token_id = getattr(self.config, f"{modality}_token_id")
         if call.input_ids is not None:
             return call.input_ids == token_id
-        token = torch.full((), token_id, dtype=torch.long, device=call.inputs_embeds.device)
-        return (call.inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
+        return (call.prompt == self.get_input_embeddings()(token)).all(-1)
 
     def padding_id(self) -> int:
         """An id for padding; not a placeholder's."""
@@ -216,8 +214,7 @@ class RBLMixin(LoadingMixin):
     def _dropped(self, features: dict[str, Any], call: Call) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Placeholders by modality, and those of dropped visual tokens, `(batch, L)` bool. Placeholders and images that
         do not match raise."""
-        prompt = call.input_ids if call.input_ids is not None else call.inputs_embeds[..., 0]
-        dropped = torch.zeros(prompt.shape, dtype=torch.bool, device=prompt.device)
+        dropped = torch.zeros(call.prompt.shape[:2], dtype=torch.bool, device=call.prompt.device)
         slots = {modality: self.placeholders(modality, call) for modality in features}
         for modality, key in MASKS.items():
             if modality in features and key in features[modality] and len(features[modality][key]):

@@ -114,7 +114,7 @@ def scatter_to_prompt(
         rank = rank + (values.shape[1] - counts)[:, None]
     shape = rank.shape + (1,) * (values.ndim - 2)
     scattered = values.gather(1, rank.clamp(min=0).view(shape).expand(-1, -1, *values.shape[2:]))
-    return scattered.masked_fill(~covered.view(shape), 0 if fill == "previous" else fill)
+    return scattered.masked_fill(~covered.view(shape), 0 if isinstance(fill, str) else fill)
 
 
 def check_placeholders(slots: torch.Tensor, counts: list[int], modality: str = "image") -> None:

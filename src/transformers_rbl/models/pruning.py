@@ -133,5 +133,6 @@ def select_tokens(scores: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
     if pruning.keep_ratio is not None:
         count = kept_token_count(len(scores), pruning.keep_ratio, pruning.min_tokens)
         return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, ranked[:count], True)
+    threshold = math.inf if pruning.threshold is None else pruning.threshold  # neither: switched off, and all stay
     # ~(>=) and not (<), so that NaN stays.
-    return (~(scores >= pruning.threshold)).index_fill_(0, ranked[: pruning.min_tokens], True)
+    return (~(scores >= threshold)).index_fill_(0, ranked[: pruning.min_tokens], True)

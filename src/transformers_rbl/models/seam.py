@@ -263,9 +263,16 @@ class Call:
         return replace(self, **groups)
 
     @property
-    def prompt(self) -> torch.Tensor | None:
-        """`(batch, L)` or `(batch, L, d)`: embeddings where they are given, else ids."""
-        return self.inputs_embeds if self.inputs_embeds is not None else self.input_ids
+    def prompt(self) -> torch.Tensor:
+        """`(batch, L)` or `(batch, L, d)`: embeddings where they are given, else ids.
+
+        Raises:
+            ValueError: if the call has neither.
+        """
+        prompt = self.inputs_embeds if self.inputs_embeds is not None else self.input_ids
+        if prompt is None:
+            raise ValueError("Pruning needs the prompt: pass input_ids (or inputs_embeds) beside the images.")
+        return prompt
 
     def arguments_of_encoder(self, encode: Callable, modality: str) -> dict[str, Any]:
         """What `get_image_features` or `get_video_features` gets of this call."""
@@ -290,8 +297,7 @@ class Call:
         """Raise for arguments that describe the unpruned prompt and could not be shortened with it."""
         if refused := [name for name in self.others if ROLES.get(name) is Role.REFUSED]:
             raise ValueError(f"{', '.join(refused)} describes the unpruned prompt and cannot be used with pruning.")
-        prompt = self.prompt
-        lengths = {prompt.shape[1]} if prompt is not None else set()
+        lengths = {self.prompt.shape[1]}
         if isinstance(self.attention_mask, torch.Tensor):
             lengths.add(self.attention_mask.shape[-1])
         for name, value in self.others.items():
@@ -336,4 +342,4 @@ def _argument_names(method: Callable) -> list[str]:
 
 
 # Tensors of generate's own, which are prompts or lengths of their own.
-_GENERATION = frozenset(inspect.signature(generation_utils.GenerationMixin.generate).parameters)
+_GENERATION = frozenset(inspect.signature(vars(generation_utils.GenerationMixin)["generate"]).parameters)
