@@ -7,11 +7,15 @@ import traceback
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+import transformers_rbl
 from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig
-from transformers_rbl.models import auto_rbl, seam
+from transformers_rbl.models import seam
+from transformers_rbl.models.auto_rbl import family_class
 from transformers_rbl.models.generation_rbl import RBLGenerationMixin
+from transformers_rbl.models.modeling_any_rbl import make_classes
 from transformers_rbl.models.seam import CACHE, CACHE_NAMES, Call, check_stock
 
 
@@ -74,18 +78,29 @@ def test_an_argument_of_unknown_role_is_refused(family, method):
         check_stock(stock)
 
 
-def test_a_family_that_changed_leaves_the_others_and_says_why(monkeypatch, caplog):
-    def changed(model_type):
-        if model_type == "llava_next":
-            raise TypeError("LlavaNextModel.forward takes token_depths")
-        return known(model_type)
+def test_a_family_that_changed_leaves_the_others_and_says_why(monkeypatch):
+    """Classes are made when they are asked for, so that one that transformers changed does not spoil the others."""
+    changed = with_argument(transformers.Qwen2VLModel, "forward", None, "depths")
+    monkeypatch.setitem(MODEL_MAPPING._extra_content, transformers.Qwen2VLConfig, changed)
+    transformers_rbl.register()
+    make_classes.cache_clear()
+    with pytest.raises(TypeError, match="Qwen2VLModel.forward .* takes depths"):
+        family_class("qwen2_vl")
+    assert family_class("qwen3_vl").stock is transformers.Qwen3VLForConditionalGeneration
 
-    known = auto_rbl.family_class
-    monkeypatch.setattr(auto_rbl, "family_class", changed)
-    transformers.utils.logging.enable_propagation()
-    auto_rbl.register()
-    transformers.utils.logging.disable_propagation()
-    assert "token_depths" in caplog.text
+
+def test_features_with_an_unknown_part_are_refused(family, one):
+    model = family.pruned()
+
+    class Deep(type(model.family)):
+        def encode(self, *args):
+            output = super().encode(*args)
+            output["token_depths"] = output.pooler_output
+            return output
+
+    model.model.family = Deep(family.name)
+    with pytest.raises(ValueError, match="come with token_depths"):
+        model(**one)
 
 
 def test_a_newer_transformers_is_named_once_with_the_command_that_checks_it(monkeypatch, caplog):

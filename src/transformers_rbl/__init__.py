@@ -1,17 +1,43 @@
-"""Codebook pruning of visual tokens for Hugging Face LLaVA models. Importing this registers the Auto classes."""
+"""Codebook pruning of visual tokens for Hugging Face vision-language models. Importing this registers the Auto classes.
 
-from .models.auto_rbl import rbl_class, register
-from .models.codebook import RedundancyCodebook
-from .models.configuration_rbl import LlavaNextRBLConfig, LlavaOnevisionRBLConfig, LlavaRBLConfig
-from .models.modeling_llava_next_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextModelRBL
-from .models.modeling_llava_onevision_rbl import LlavaOnevisionModelRBL, LlavaOnevisionRBL
-from .models.modeling_llava_rbl import LlavaForConditionalGenerationRBL, LlavaModelRBL
-from .models.prompt import scatter_to_prompt
-from .models.pruning import PruningConfig, kept_token_count
+Names are imported when they are first used (PEP 562), and pruned classes of any family in FAMILIES are made then:
+`from transformers_rbl import Qwen3VLForConditionalGenerationRBL`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .models.auto_rbl import family_class, rbl_class, register
 from .moved import add_aliases
 
 
+if TYPE_CHECKING:
+    from .models.codebook import RedundancyCodebook
+    from .models.configuration_rbl import LlavaNextRBLConfig, LlavaOnevisionRBLConfig, LlavaRBLConfig
+    from .models.modeling_llava_next_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextModelRBL
+    from .models.modeling_llava_onevision_rbl import LlavaOnevisionModelRBL, LlavaOnevisionRBL
+    from .models.modeling_llava_rbl import LlavaForConditionalGenerationRBL, LlavaModelRBL
+    from .models.prompt import scatter_to_prompt
+    from .models.pruning import PruningConfig, kept_token_count
+
 __version__ = "0.1.0"
+
+# Public name -> the file of models/ that holds it.
+_PLACES = {
+    "LlavaForConditionalGenerationRBL": "modeling_llava_rbl",
+    "LlavaModelRBL": "modeling_llava_rbl",
+    "LlavaNextForConditionalGenerationRBL": "modeling_llava_next_rbl",
+    "LlavaNextModelRBL": "modeling_llava_next_rbl",
+    "LlavaNextRBLConfig": "configuration_rbl",
+    "LlavaOnevisionModelRBL": "modeling_llava_onevision_rbl",
+    "LlavaOnevisionRBL": "modeling_llava_onevision_rbl",
+    "LlavaOnevisionRBLConfig": "configuration_rbl",
+    "LlavaRBLConfig": "configuration_rbl",
+    "PruningConfig": "pruning",
+    "RedundancyCodebook": "codebook",
+    "kept_token_count": "pruning",
+    "scatter_to_prompt": "prompt",
+}
 
 register()
 add_aliases()
@@ -32,3 +58,16 @@ __all__ = [
     "rbl_class",
     "scatter_to_prompt",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, and pruned classes of any family."""
+    if name in _PLACES:
+        public = getattr(import_module(f".models.{_PLACES[name]}", __package__), name)
+        model_type = getattr(getattr(public, "config_class", public), "model_type", None)
+        if model_type is not None:
+            family_class(model_type)  # with its Auto classes
+        return public
+    if "RBL" in name and not name.startswith("_"):
+        return getattr(import_module(".models.modeling_any_rbl", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

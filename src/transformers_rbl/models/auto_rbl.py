@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .families import FAMILIES
 from .seam import warn_if_untested
 
-
-logger = logging.get_logger(__name__)
 
 # Families with files of their own: module and full class.
 NAMED = {
@@ -24,57 +23,77 @@ NAMED = {
 }
 
 
-def family_class(model_type: str) -> Any:
+def family_class(model_type: str, allow_untested: bool = False) -> Any:
     """The full pruned class of a family.
 
     Args:
         model_type (`str`): transformers' name of it, or ours (`llava_next_rbl`).
+        allow_untested (`bool`, defaults to `False`): try a family that this library is not tested with.
 
     Raises:
-        ValueError: for a family that pruning does not know.
+        ValueError: for a family that pruning does not know, or that the installed transformers lacks.
         TypeError: if the installed transformers has changed the stock class beyond what this library understands.
     """
     stock_type = model_type.removesuffix("_rbl")
-    if stock_type not in NAMED:
-        raise ValueError(f"Pruning does not know {model_type} models; it knows {', '.join(FAMILIES)}.")
-    module, name = NAMED[stock_type]
-    return getattr(importlib.import_module(f".{module}", __package__), name)
+    if stock_type in NAMED:
+        module, name = NAMED[stock_type]
+        full = getattr(_module(module), name)
+        _module("modeling_any_rbl").register_classes(full)
+        return full
+    if stock_type not in FAMILIES and not allow_untested:
+        near = difflib.get_close_matches(stock_type, FAMILIES, n=1)
+        raise ValueError(
+            f"Pruning is not tested with {stock_type} models{f' (it is with {near[0]})' if near else ''}; it knows "
+            f"{', '.join(FAMILIES)}. allow_untested=True tries."
+        )
+    return _module("modeling_any_rbl").make_classes(stock_type)
 
 
-def rbl_class(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_untested: bool = False, **kwargs: Any) -> Any:
     """The full pruned class for a checkpoint, stock or saved by ours.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
+        allow_untested (`bool`, defaults to `False`): try a family that this library is not tested with.
         kwargs: as in `AutoConfig.from_pretrained` (`revision`, `token`, `cache_dir`, `local_files_only`).
 
     Raises:
-        ValueError: for a checkpoint of another architecture.
+        ValueError: for a checkpoint of a family that pruning does not know.
     """
     model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
     try:
-        return family_class(model_type)
+        return family_class(model_type, allow_untested)
     except ValueError as error:
-        raise ValueError(
-            f"{pretrained_model_name_or_path} is a {model_type} model; pruning knows {', '.join(FAMILIES)}."
-        ) from error
+        raise ValueError(f"{pretrained_model_name_or_path} is a {model_type} model. {error}") from error
 
 
 def register() -> None:
-    """Under our model types alone: stock checkpoints stay stock."""
+    """Teach `AutoConfig` the model types of all families; their classes are made when a config of theirs is read."""
     warn_if_untested()
-    for stock_type in NAMED:
-        try:
-            full = family_class(stock_type)
-        except TypeError as error:  # one family that transformers has changed; importing its class says so again
-            logger.warning(str(error))
-            continue
-        config = full.config_class
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, full.headless, exist_ok=True)
-        AutoModelForImageTextToText.register(config, full, exist_ok=True)
-        AutoModelForMultimodalLM.register(config, full, exist_ok=True)
-        AutoProcessor.register(config, PROCESSOR_MAPPING[full.stock.config_class], exist_ok=True)
+    for stock_type in FAMILIES:
+        name = f"{stock_type}_rbl"
+        if name not in CONFIG_MAPPING:
+            AutoConfig.register(name, type("DeferredRBLConfig", (_Deferred,), {"model_type": name}))
 
 
-__all__ = ["rbl_class"]
+def _module(name: str) -> ModuleType:
+    """A file beside this one, imported when it is needed."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+class _Deferred(PreTrainedConfig):
+    """Stands for a family's config class, so that importing this library does not import thirty model files."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        return family_class(cls.model_type).config_class(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return family_class(cls.model_type).config_class.from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        return family_class(cls.model_type).config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+__all__ = ["family_class", "rbl_class"]

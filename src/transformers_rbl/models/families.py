@@ -34,12 +34,14 @@ class Family:
         stacked (`bool`): stock `forward` reads one tensor of all images' tokens, not a list.
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
+        runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
     """
 
     model_type: str
     projector: str = "multi_modal_projector"
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
+    runs: bool = False
 
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
         """Per image or video, before anything is encoded; None where a family knows its layout only afterwards."""
@@ -60,6 +62,18 @@ class Family:
         if self.units is None:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
+
+    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
+        if not self.runs or runs is None or len(runs) == len(entries):
+            return entries
+        ends = set(accumulate(runs))
+        images: list[list[torch.Tensor]] = [[]]
+        for entry, end in zip(entries, accumulate(map(len, entries))):
+            images[-1].append(entry)
+            if end in ends:
+                images.append([])
+        return [torch.cat(tiles) for tiles in images if tiles]
 
     def must_encode(self, modality: str, arguments: Arguments) -> bool:
         """Whether stock cannot take these arguments as they are, pruned or not."""
@@ -249,6 +263,18 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         frame = model.apply_pooling(torch.zeros(1, grid_side(model.config) ** 2, 1)).shape[1]
         return [VisualLayout(torch.tensor([PATCH] * frame * len(v) + [NEWLINE]), len(v)) for v in videos]
 
+    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
+        if not self.runs or runs is None or len(runs) == len(entries):
+            return entries
+        ends = set(accumulate(runs))
+        images: list[list[torch.Tensor]] = [[]]
+        for entry, end in zip(entries, accumulate(map(len, entries))):
+            images[-1].append(entry)
+            if end in ends:
+                images.append([])
+        return [torch.cat(tiles) for tiles in images if tiles]
+
     def must_encode(self, modality: str, arguments: Arguments) -> bool:
         """Videos of different lengths may come as a list, which the stock class does not take."""
         return modality == "video" and not isinstance(arguments[PIXELS["video"]], torch.Tensor)
@@ -293,6 +319,37 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return [True] * count if per_prompt is None else [int(n) == 1 for n in per_prompt for _ in range(int(n))]
 
 
+@dataclass(frozen=True)
+class GridFamily(Family):
+    """Native resolution: an image is one grid of merged patches, a video one grid per temporal patch."""
+
+    def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout]:
+        merge, layouts = model.config.vision_config.spatial_merge_size, []
+        for frames, rows, columns in self._grids(modality, arguments).tolist():
+            grid = (rows // merge, columns // merge)
+            layouts.append(VisualLayout.of_patches(frames * grid[0] * grid[1], frames, grid))
+        return layouts
+
+    def select(self, model: Any, modality: str, arguments: Arguments, indices: list[int]) -> Arguments:
+        grids = self._grids(modality, arguments)
+        pixels = arguments[PIXELS[modality]].split(grids.prod(-1).tolist())
+        chosen = torch.cat([pixels[index] for index in indices])
+        return {**arguments, PIXELS[modality]: chosen, f"{modality}_grid_thw": grids[indices]}
+
+    def _grids(self, modality: str, arguments: Arguments) -> torch.Tensor:
+        name = f"{modality}_grid_thw"
+        if arguments.get(name) is None:
+            raise ValueError(
+                f"{name} is missing beside {PIXELS[modality]}: pass everything that the processor returns."
+            )
+        return torch.as_tensor(arguments[name])
+
+
+def tiles_of(length: Callable[[PreTrainedConfig], int]) -> Callable[[PreTrainedConfig, int], list[int]]:
+    """`units` of a family whose entries hold any number of tiles of one length."""
+    return lambda config, tokens: [length(config)] * (tokens // length(config))
+
+
 def grid_side(config: PreTrainedConfig) -> int:
     """Patches along one side of a square image."""
     return config.vision_config.image_size // config.vision_config.patch_size
@@ -311,11 +368,36 @@ def cls_cosines(hidden_states: Any, layers: int | list[int]) -> torch.Tensor:
 
 _DESCRIBES_TILES = (PIXELS["image"], "image_sizes", "batch_num_images", "vision_aspect_ratio")
 
+_idefics_tiles = tiles_of(lambda config: grid_side(config) ** 2 // config.scale_factor**2)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         LlavaFamily("llava"),
         LlavaNextFamily("llava_next"),
         LlavaOnevisionFamily("llava_onevision"),
+        GridFamily("qwen2_vl", projector="visual"),
+        GridFamily("qwen2_5_vl", projector="visual"),
+        GridFamily("qwen3_vl", projector="visual"),
+        GridFamily("qwen3_vl_moe", projector="visual"),
+        GridFamily("qwen3_5", projector="visual"),
+        GridFamily("qwen3_5_moe", projector="visual"),
+        GridFamily("glm4v", projector="visual"),
+        GridFamily("glm46v", projector="visual"),
+        Family("internvl", stacked=True, runs=True),
+        Family("gemma3", stacked=True),
+        Family("gemma4", projector="embed_vision"),
+        Family("paligemma", stacked=True),
+        Family("smolvlm", projector="connector", stacked=True, units=_idefics_tiles),
+        Family("idefics3", projector="connector", stacked=True, units=_idefics_tiles),
+        Family("mistral3"),
+        Family("aya_vision", stacked=True),
+        Family("cohere2_vision", stacked=True),
+        Family("vipllava", stacked=True),
+        Family("got_ocr2", stacked=True),
+        Family("lfm2_vl"),
+        Family("deepseek_vl", projector="aligner", stacked=True),
+        Family("ovis2", projector="visual_embeddings_table", stacked=True),
+        Family("kimi_k25", projector="mm_projector"),
     )
 }

@@ -11,7 +11,7 @@ from .codebook import RedundancyCodebook
 from .layout import NEWLINE, VisualLayout
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
-from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound
+from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock
 
 
 def get_image_features(self, *args, pruning: PruningConfig | dict | None = None, **kwargs):
@@ -83,13 +83,21 @@ class RBLModelMixin(RBLMixin):
             raise ValueError(f"The layout of a {self.family.model_type} {modality} is known once it is encoded.")
         return [layout.kinds for layout in layouts]
 
-    def features(self, modality: str, arguments: dict[str, Any], pruning: PruningConfig | dict | None) -> Any:
+    def features(
+        self,
+        modality: str,
+        arguments: dict[str, Any],
+        pruning: PruningConfig | dict | None,
+        runs: list[int] | None = None,
+    ) -> Any:
         """Encode images or videos and keep what the settings keep.
 
         Args:
             modality (`str`): `"image"` or `"video"`.
             arguments (`dict[str, Any]`): of the stock method.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
+            runs (`list[int]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which tiles
+                are one image.
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
@@ -107,6 +115,7 @@ class RBLModelMixin(RBLMixin):
         else:
             outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
+            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs)
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -123,7 +132,7 @@ class RBLModelMixin(RBLMixin):
             Features with `pooler_output` and `keep_masks`, for `mm_encoder_outputs={"image": …}`.
         """
         pruning = self.active_pruning(pruning)
-        pruned = type(outputs)(**{name: value for name, value in outputs.items() if name in (TOKENS, *VIEWS)})
+        pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
         pruned[TOKENS] = self.family.split(self.config, list(outputs[TOKENS]))

@@ -18,7 +18,7 @@ from .memory import Past, forgotten
 from .modeling_rbl import Prepared, RBLMixin, spans
 from .prompt import PromptPlan
 from .pruning import PruningConfig
-from .seam import MODALITIES, Call, as_stock, bound, cache_of, can_chunk_images
+from .seam import MODALITIES, Call, as_stock, bound, cache_of, can_chunk_images, stock_positions
 
 
 class RBLGenerationMixin(RBLMixin):
@@ -78,6 +78,8 @@ class RBLGenerationMixin(RBLMixin):
             raise ValueError(
                 f"The cache stands for {past.length} tokens already; a prompt of {prompt.shape[1]} adds none to answer."
             )
+        if call.position_ids is None:
+            call.position_ids = stock_positions(self, call, past, seen)
         if past.length > 0 and past.memory is None and call.position_ids is None:
             call.position_ids = (call.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():

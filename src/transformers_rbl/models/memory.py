@@ -126,6 +126,14 @@ class Past:
         entries = 0 if cache is None else int(cache.get_seq_length())
         return cls(cache, memory, entries, entries if memory is None else memory.original_length(entries))
 
+    def next_position(self, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(batch,)`: the position after the last entry, tokens decoded since the pruned prompt counted."""
+        assert self.memory is not None
+        known = self.memory.kept.shape[1]
+        if attention_mask is None:
+            return self.memory.next_position + self.length - known
+        return self.memory.next_position + attention_mask[:, known : self.length].to(torch.bool).sum(-1)
+
 
 @contextmanager
 def forgotten(cache: Any) -> Iterator[None]:

@@ -31,6 +31,7 @@ from .seam import (
     bound,
     cache_of,
     check_stock,
+    read_by_stock,
     replaced,
     stock_positions,
 )
@@ -158,7 +159,7 @@ class RBLMixin(LoadingMixin):
             features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)
             prompt_mask = plan.kept
-        call.features = {m: _without_masks(output) for m, output in features.items() if len(output[TOKENS])}
+        call.features = {m: read_by_stock(output) for m, output in features.items() if len(output[TOKENS])}
         return Prepared(call, past, plan, masks, prompt_mask)
 
     def placeholders(self, modality: str, call: Call) -> torch.Tensor:
@@ -189,10 +190,9 @@ class RBLMixin(LoadingMixin):
                 continue
             if modality in features:
                 raise ValueError(f"Give either {PIXELS[modality]} or mm_encoder_outputs for the {modality}s, not both.")
-            encode = self._encoder(modality)
-            features[modality] = encode(
-                **call.arguments_of_encoder(encode, modality), pruning=pruning, return_dict=True
-            )
+            arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
+            runs = run_lengths(self.placeholders(modality, call)) if self.family.runs else None
+            features[modality] = self.base_model.features(modality, arguments, pruning, runs)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features
 
@@ -256,6 +256,13 @@ class RBLMixin(LoadingMixin):
         return pruning is not None and pruning.enabled and not self.config.full_length_logits
 
 
+def run_lengths(slots: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True in each row of `slots` `(batch, L)`, in order."""
+    padded = torch.nn.functional.pad(slots.long(), (1, 1))
+    changes = padded.diff(dim=1)
+    return ((changes == -1).nonzero()[:, 1] - (changes == 1).nonzero()[:, 1]).tolist()
+
+
 def spans(columns: torch.Tensor, lengths: list[int], seen: int, modality: str) -> list[tuple[int, int]]:
     """First and last column of each image's placeholders, given those of all, in order.
 
@@ -291,8 +298,3 @@ def _attended(output: Any, placed: torch.Tensor, kept: torch.Tensor) -> Any:
 
     views = {name: list(map(attended, output[name])) for name in VIEWS if output.get(name) is not None}
     return replaced(output, **{TOKENS: attended(output[TOKENS])}, **views)
-
-
-def _without_masks(output: Any) -> Any:
-    """What stock code gets: features that fit the prompt they come with."""
-    return type(output)(**{name: value for name, value in output.items() if name in (TOKENS, *VIEWS)})

@@ -35,8 +35,11 @@ MODALITIES = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # What outputs and encoded features of pruned models say besides: which visual tokens stayed.
 MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
-# The only parts of encoded features that a stock forward reads: the tokens, and further views of the same tokens.
+# Parts of encoded features: the tokens, and further views of the same tokens, which lose what the tokens lose; what a
+# stock forward reads besides; and what none reads.
 TOKENS, VIEWS = "pooler_output", ("deepstack_features",)
+ASIDE = ("visual_indicator_features",)
+UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 # Outputs that Trainer would gather as predictions.
 BESIDE_LOGITS = (
     *CACHE_NAMES,
@@ -67,6 +70,7 @@ class Role(Enum):
 
 
 # What runs along the prompt, and what stands at padding.
+TYPES = "mm_token_type_ids"
 ALONG: dict[str, float] = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "per_layer_inputs": 0}
 
 ROLES: dict[str, Role] = {
@@ -323,10 +327,69 @@ def replaced(output: Any, **parts: Any) -> Any:
     return output
 
 
+def read_by_stock(features: Any) -> Any:
+    """Encoded features with those parts alone that a stock forward reads, our masks left out.
+
+    Raises:
+        ValueError: for a part of which it is not known whether it goes with the tokens.
+    """
+    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values())
+    if unknown := [name for name in features if name not in known]:
+        raise ValueError(
+            f"The visual features of {installed()} come with {', '.join(unknown)}, and this version of transformers_rbl"
+            " does not know whether that goes with the tokens: upgrade it, or switch pruning off."
+        )
+    return type(features)(**{name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features})
+
+
 def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tensor | None:
-    """Positions that stock gives the unpruned prompt, where they say where a token lies in its image (m-RoPE); None for
-    models that number tokens one after the other."""
-    return None
+    """Positions that stock gives the unpruned prompt, where they say where a token lies in its image (m-RoPE).
+
+    By stock's own function, which unlike its `forward` and `generate` writes nothing on the module.
+
+    Args:
+        model: full or headless.
+        call ([`Call`]): the prompt, whole or what is new of it, with the grids of its images.
+        past ([`Past`]): what it continues.
+        seen (`int`): leading columns of the prompt that the cache stands for.
+
+    Returns:
+        `torch.LongTensor` of shape `(3, batch, n)`, the last columns those of the new prompt; None for text alone, and
+        for models that number tokens one after the other.
+
+    Raises:
+        ValueError: for images without what their positions are told by, which stock would place like text.
+    """
+    rope = getattr(model.base_model, "get_rope_index", None)
+    if rope is None:
+        return None
+    names = _argument_names(rope)
+    described = {name: value for name, value in call.visual.items() if name in names}
+    grids = {kind: described[f"{kind}_grid_thw"] for kind in MODALITIES if f"{kind}_grid_thw" in described}
+    if not grids:
+        if call.features:
+            raise ValueError("Give image_grid_thw (video_grid_thw) beside mm_encoder_outputs: positions depend on it.")
+        return None
+    types = call.along.get(TYPES)
+    if types is None or call.input_ids is None:
+        missing = TYPES if types is None else "input_ids"
+        raise ValueError(f"{missing} is missing: without it, image tokens would be placed like text. Pass all that the "
+                         "processor returns.")  # fmt: skip
+    ids, mask, length = call.input_ids, call.attention_mask, call.input_ids.shape[1]
+    whole = past.length == 0 or (seen > 0 and _images_of(types, grids))
+    if not whole:
+        if past.memory is None:
+            raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
+        ids, length = ids[:, seen:], length - seen
+    own_mask = None if mask is None else mask[:, -length:]
+    positions, _ = rope(ids, **described, **{TYPES: types[:, -length:], "attention_mask": own_mask})
+    return positions if whole else positions + past.next_position(mask)[:, None]
+
+
+def _images_of(types: torch.Tensor, grids: dict[str, torch.Tensor]) -> bool:
+    """Whether there is a grid for every run of image tokens."""
+    runs = (types == 1).long().diff(dim=1, prepend=types.new_zeros(len(types), 1)).eq(1).sum()
+    return "image" not in grids or int(runs) == len(grids["image"])
 
 
 def can_chunk_images() -> bool:
