@@ -18,21 +18,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
-import testbed
+from testbeds.digits import data
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.plots import plot_kept
 from transformers_rbl.evaluation.timing import compare_prefills
 
 
 OFF = PruningConfig(enabled=False)
-# Trained by scripts/train_testbed.py on digits among decoys; its codebook is inside.
+# Trained by `scripts/testbeds train` on digits among decoys; its codebook is inside.
 DEFAULT = Path(__file__).resolve().parents[1] / "codebooks" / "digits-llava-next"
 DEFAULT_PROMPT, PROMPT = "which digits are there?", "What is shown in this image?"
 
 
 def held_out_images() -> list[Image.Image]:
     """Two images of glyphs, photo regions and compositions that the default model never saw."""
-    return [example.pictures()[0] for example in testbed.examples("llava_next", "image", "test", 2, 11, (2, 1))]
+    return [example.pictures()[0] for example in data.examples("llava_next", "image", "test", 2, 11, (2, 1))]
 
 
 def sample_photos() -> list[Image.Image]:

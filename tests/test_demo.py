@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import testbed
 import tiny_checkpoint
 from conftest import make_family, visual
+from testbeds.digits import data as testbed
 from transformers_rbl import PruningConfig, RedundancyCodebook, demo
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.cli import app

@@ -11,15 +11,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-import assemble_testbed
-import compare_rules
-import picture_testbed
-import report_testbed
-import testbed
 import tiny_checkpoint
-import train_testbed
-from testbed import BACKDROP, KINDS, SPLITS, TILE
-from train_testbed import Stage, Trainer, digit_shares, token_centres, visual_inputs, window_mask
+from testbeds import assembling, comparison, report
+from testbeds.digits import data, pictures, training
+from testbeds.digits.data import BACKDROP, KINDS, SPLITS, TILE
+from testbeds.digits.training import Stage, Trainer, digit_shares, token_centres, visual_inputs, window_mask
 from transformers_rbl import rbl_class
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.metrics import bootstrap_interval
@@ -32,18 +28,18 @@ def test_splits_share_no_glyph_no_photo_column_and_no_composition():
     images = load_digits().images
     pictures = {split: set() for split in SPLITS}
     for split in SPLITS:
-        for digit, indices in testbed.glyph_indices(split).items():
+        for digit, indices in data.glyph_indices(split).items():
             assert len(indices) >= 8, (split, digit)
             pictures[split] |= {images[index].tobytes() for index in indices}
     assert sum(map(len, pictures.values())) == len({image.tobytes() for image in images})
     assert not any(a & b for a, b in itertools.combinations(pictures.values(), 2))
 
-    columns = [testbed.photo_columns(split) for split in SPLITS]
+    columns = [data.photo_columns(split) for split in SPLITS]
     assert columns[0][0] == 0 and columns[-1][1] == 1
     assert all(a[1] == b[0] for a, b in itertools.pairwise(columns))
 
     sequences = [digits for count in (2, 3) for digits in itertools.product(range(10), repeat=count)]
-    owners = [[split for split in SPLITS if testbed.belongs(digits, split)] for digits in sequences]
+    owners = [[split for split in SPLITS if data.belongs(digits, split)] for digits in sequences]
     assert all(len(owner) == 1 for owner in owners)
     assert {split: owners.count([split]) > 50 for split in SPLITS} == dict.fromkeys(SPLITS, True)
 
@@ -51,24 +47,24 @@ def test_splits_share_no_glyph_no_photo_column_and_no_composition():
 @pytest.mark.parametrize("family, kind", EVERY)
 @pytest.mark.parametrize("split", SPLITS)
 def test_examples_stay_in_their_split_and_among_decoys(family, kind, split):
-    drawn = list(testbed.examples(family, kind, split, 20, 5))
-    again = list(testbed.examples(family, kind, split, 20, 5))
+    drawn = list(data.examples(family, kind, split, 20, 5))
+    again = list(data.examples(family, kind, split, 20, 5))
     salient = []
     for example, same in zip(drawn, again, strict=True):
-        assert testbed.belongs(example.digits, split)
+        assert data.belongs(example.digits, split)
         assert all(np.array_equal(a, b) for a, b in zip(example.images, same.images))
         salient += [(label > BACKDROP).mean() for label in example.labels]
         shown = {int(label) for labels in example.labels for label in labels.flatten() if label < 10}
         assert shown == set(example.digits)
     assert np.mean(salient) >= 0.30
-    others = [example for other in set(SPLITS) - {split} for example in testbed.examples(family, kind, other, 20, 5)]
+    others = [example for other in set(SPLITS) - {split} for example in data.examples(family, kind, other, 20, 5)]
     assert not {e.digits for e in drawn if len(e.digits) > 1} & {e.digits for e in others}
 
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_training_sees_what_the_processor_gives(family, kind):
-    processor = tiny_checkpoint.processor(testbed.config(family), testbed.tokenizer())
-    example = next(iter(testbed.examples(family, kind, "train", 1, 3)))
+    processor = tiny_checkpoint.processor(data.config(family), data.tokenizer())
+    example = next(iter(data.examples(family, kind, "train", 1, 3)))
     fast = visual_inputs(family, [example])
     word = "<video>" if example.video else "<image>"
     text = word * (1 if example.video else len(example.images))
@@ -78,8 +74,8 @@ def test_training_sees_what_the_processor_gives(family, kind):
         expected = torch.as_tensor(stock[name])
         # The base image is scaled by another library: one level of 255 apart at most.
         assert torch.allclose(torch.as_tensor(value).float(), expected.float(), atol=0.016), name
-    model = tiny_checkpoint.FAMILIES[family](testbed.config(family)).eval()
-    tokens = torch.cat(train_testbed.encode(model, family, [example])[0])
+    model = tiny_checkpoint.FAMILIES[family](data.config(family)).eval()
+    tokens = torch.cat(training.encode(model, family, [example])[0])
     id_ = tiny_checkpoint.VIDEO if example.video else tiny_checkpoint.IMAGE
     assert len(tokens) == len(token_centres(family, example)) == int((stock.input_ids == id_).sum())
 
@@ -88,8 +84,8 @@ def test_training_sees_what_the_processor_gives(family, kind):
 def test_a_window_holds_all_digits(family, kind):
     random, thinned = np.random.default_rng(0), 0
     for _ in range(20):
-        rows, columns = testbed.GRIDS[0] if family == "llava_next" else (1, 1)
-        example = testbed.example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
+        rows, columns = data.GRIDS[0] if family == "llava_next" else (1, 1)
+        example = data.example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
         top, left, height, width = example.window
         for labels in example.labels:
             outside = labels.copy()
@@ -106,17 +102,17 @@ def test_a_window_holds_all_digits(family, kind):
 
 
 def test_every_word_of_a_question_is_known():
-    tokenizer = testbed.tokenizer()
+    tokenizer = data.tokenizer()
     for kind in ("image", "images", "video"):
         for number in range(20):
-            example = testbed.example(np.random.default_rng(number), kind, "train", (168, 168))
+            example = data.example(np.random.default_rng(number), kind, "train", (168, 168))
             for _, question, reply in example.questions + example.lessons:
                 assert tokenizer.unk_token_id not in tokenizer(f"{question} {reply}").input_ids
     assert tokenizer.decode(tokenizer("3 7").input_ids) == "3 7"
 
 
 def test_prompts_say_where_images_stand():
-    image, images, video = (next(testbed.examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
+    image, images, video = (next(data.examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
     assert image.prompt("why?") == "<image> why?" and video.prompt("why?") == "<video> why?"
     assert images.prompt("why?") == "image 1: <image> image 2: <image> image 3: <image> why?"
 
@@ -125,7 +121,7 @@ def test_the_same_digit_is_asked_about_as_often_as_not():
     for split in SPLITS:
         replies = [
             reply.split()
-            for example in testbed.examples("llava_onevision", "images", split, 60, 0)
+            for example in data.examples("llava_onevision", "images", split, 60, 0)
             for kind, _, reply in example.questions
             if kind == "same"
         ]
@@ -134,7 +130,7 @@ def test_the_same_digit_is_asked_about_as_often_as_not():
 
 
 def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_testbed, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
     stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4), Stage("window", 1, 1e-3, 4))
     whole = Trainer("llava_next", 0, tmp_path / "whole", stages)
     whole.run()
@@ -183,7 +179,7 @@ def test_the_whole_chain_from_images_to_the_committed_accuracy(tmp_path):
 
     run("build", "--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype", "float32",
         "--out", tmp_path / "book", "--keep-ratio", 0.15)  # fmt: skip
-    testbed.write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
+    data.write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
     questions = tmp_path / "asked" / "questions.jsonl"
     run("evaluate", "--model", checkpoint, "--codebook", tmp_path / "book", "--data", questions,
         "--metric", "exact", "--score", "cosine", "--score", "random", "--keep-ratio", 0.15, "--dtype", "float32",
@@ -205,21 +201,21 @@ def test_the_scripts_behind_the_results_page(tmp_path):
                "float32", "--out", tmp_path / "book"]  # fmt: skip
     result = CliRunner().invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, result.output
-    compare_rules.main(
+    comparison.main(
         checkpoint, tmp_path / "found.json", codebook=[f"codebook={tmp_path / 'book'}"], count=12, threshold=[0.9]
     )
-    abouts, rules = report_testbed.read([tmp_path / "found.json"])
-    text = report_testbed.tables(abouts, rules)
+    abouts, rules = report.read([tmp_path / "found.json"])
+    text = report.tables(abouts, rules)
     assert f"prototypes: {abouts[0]['prototypes']['codebook']}." in text and "| oracle |" in text
     assert rules[("unpruned", 1.0)].examples.mean() > rules[("random", 0.1)].examples.mean() + 0.3
-    report_testbed.main([tmp_path / "found.json"], tmp_path / "found.png", "found")
-    picture_testbed.main(tmp_path / "pictures")
+    report.main([tmp_path / "found.json"], tmp_path / "found.png", "found")
+    pictures.main(tmp_path / "pictures")
     for path in (
         tmp_path / "found.png",
         *(tmp_path / "pictures" / f"{name}.png" for name in ("kept", "frames", "why")),
     ):
         assert np.asarray(Image.open(path)).std() > 10
-    assemble_testbed.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")
+    assembling.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")
     card = (tmp_path / "made" / "README.md").read_text()
     assert "- `<s>USER: <image> which digits are there? ASSISTANT:` → `" in card
     assert rbl_class(tmp_path / "made").from_pretrained(tmp_path / "made").pruning.keep_ratio == 0.15

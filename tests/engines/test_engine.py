@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="needs vLLM: tests/engines/make_environment.sh makes an environment with it")
 
-import testbed
 from benchmark_serving import Server
 from conftest import CLASSES, make_family
+from testbeds.digits import data as testbed
 from transformers_rbl import PruningConfig, rbl_class
 
 

@@ -18,8 +18,8 @@ pytest.importorskip("lmms_eval.models.registry_v2", reason="needs lmms-eval: tes
 
 from transformers import AutoProcessor
 
-import testbed
 from conftest import make_family
+from testbeds.digits import data as testbed
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.evaluate import evaluate
 from transformers_rbl.evaluation.questions import read_questions

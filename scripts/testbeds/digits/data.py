@@ -493,11 +493,9 @@ def config(family: str):
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-app = typer.Typer(help="Write the testbed's images and questions as files.", no_args_is_help=True)
 Family = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
 
 
-@app.command("images")
 def write_images(
     folder: Annotated[Path, typer.Argument()],
     family: Family = "llava_next",
@@ -520,7 +518,6 @@ def write_images(
         (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
-@app.command("questions")
 def write_questions(
     folder: Annotated[Path, typer.Argument()],
     family: Family = "llava_next",
@@ -570,7 +567,3 @@ def images(doc):
 def score(doc, results):
     return {"exact": float(results[0].strip() == doc["answer"])}
 """
-
-
-if __name__ == "__main__":
-    app()

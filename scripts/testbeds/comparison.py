@@ -1,6 +1,6 @@
 """Accuracy of a testbed model under many pruning rules at equal retention, on one pass of the vision tower.
 
-python scripts/compare_rules.py MODEL --kind image --codebook codebook=FOLDER --out results.json
+python scripts/testbeds compare-rules MODEL --kind image --codebook codebook=FOLDER --out results.json
 
 Beside the rules that the library has, this compares with some that it does not offer: the vision tower's [cls]
 attention, token norms, an oracle that knows where the digits are, and codebooks of tokens that were not selected.
@@ -21,12 +21,13 @@ import typer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import testbed
-from testbed import PATCH, TILE, Example
-from train_testbed import answer, digit_shares, token_centres, visual_inputs
 from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.models.codebook import keep_mask
 from transformers_rbl.models.pruning import select_tokens
+
+from .digits import data
+from .digits.data import PATCH, TILE, Example
+from .digits.training import answer, digit_shares, token_centres, visual_inputs
 
 
 OFF = PruningConfig(enabled=False)
@@ -236,8 +237,8 @@ def main(
     family = loaded.config.model_type.removesuffix("_rbl")
     tokenizer = AutoTokenizer.from_pretrained(model)
     began = time.perf_counter()
-    encoded = encode_all(loaded, family, list(testbed.examples(family, kind, split, count, seed)))
-    train = encode_all(loaded, family, list(testbed.examples(family, kind, "train", 60, 1)))
+    encoded = encode_all(loaded, family, list(data.examples(family, kind, split, count, seed)))
+    train = encode_all(loaded, family, list(data.examples(family, kind, "train", 60, 1)))
     books = dict(entry.split("=", 1) for entry in codebook or ())
     books = {name: RedundancyCodebook.from_pretrained(folder) for name, folder in books.items()}
     rules = [("unpruned", 1.0, lambda item: torch.ones(len(item.tokens), dtype=torch.bool)),
@@ -263,7 +264,3 @@ def main(
     for result in results:
         mean = np.mean([[int(bit) for bit in row] for row in result["right"]])
         print(f"{result['rule']:32} {result['wanted']:6} kept {result['kept']:.3f} {mean:.3f} ({mean / base:.1%})")
-
-
-if __name__ == "__main__":
-    typer.run(main)

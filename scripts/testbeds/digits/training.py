@@ -8,7 +8,7 @@
    all digits, every other time with gaps where no digit is: so that it has seen visual sequences of many lengths and
    densities. A large model knows those from any-resolution training; without this, a small one is lost by any gap.
 
-python scripts/train_testbed.py outputs/testbed-next --family llava_next --seed 0
+python scripts/testbeds train outputs/testbed-next --family llava_next --seed 0
 
 Deterministic by seed (one thread, one machine); killed, it goes on from its last saved step.
 """
@@ -30,9 +30,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-import testbed
 import tiny_checkpoint
-from testbed import BACKDROP, LABELS, PATCH, TILE, Example
+
+from . import data
+from .data import BACKDROP, LABELS, PATCH, TILE, Example
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Trainer:
     def __init__(self, family: str, seed: int, folder: Path, stages: tuple[Stage, ...]):
         self.family, self.seed, self.folder, self.stages = family, seed, folder, stages
         torch.manual_seed(seed)
-        self.model = tiny_checkpoint.FAMILIES[family](testbed.config(family))
+        self.model = tiny_checkpoint.FAMILIES[family](data.config(family))
         vision = self.model.config.vision_config
         look_at_neighbours(self.model.model.vision_tower, vision)
         # Auxiliary heads of the first stage, thrown away.
@@ -70,7 +71,7 @@ class Trainer:
         self.colour_head = torch.nn.Linear(vision.hidden_size, 3)
         self.place_head = torch.nn.Linear(vision.hidden_size, 2)
         self.scene_head = torch.nn.Linear(vision.hidden_size, len(LABELS) - BACKDROP - 1)
-        self.tokenizer = testbed.tokenizer()
+        self.tokenizer = data.tokenizer()
         self.spent = 0.0  # CPU seconds, over restarts
 
     def parts(self) -> torch.nn.ModuleList:
@@ -156,7 +157,7 @@ class Trainer:
 
     def _tower_loss(self, random, stage: Stage) -> dict:
         side = TILE[self.family]
-        scenes = [testbed.crowd(random, "train", side) for _ in range(stage.batch)]
+        scenes = [data.crowd(random, "train", side) for _ in range(stage.batch)]
         pixels = normalise(np.stack([scene.images[0] for scene in scenes]))
         labels = torch.from_numpy(np.stack([scene.labels[0].flatten() for scene in scenes]))
         outputs = self.model.model.vision_tower(pixels, output_hidden_states=True)
@@ -187,14 +188,14 @@ class Trainer:
     # -- stages 2 and 3
 
     def _answer_loss(self, random, stage: Stage, early: bool) -> dict:
-        kinds = testbed.KINDS[self.family]
+        kinds = data.KINDS[self.family]
         kind = kinds[0] if len(kinds) == 1 or random.random() < FIRST_KIND else kinds[1]
         grid = (1, 1)
         if self.family == "llava_next":  # single tiles first: they cost less, and teach the digits
             small = stage.name == "answer" and early and random.random() < 0.7
-            grid = (1, 1) if small else testbed.GRIDS[int(random.choice(len(testbed.GRIDS), p=testbed.GRID_SHARES))]
+            grid = (1, 1) if small else data.GRIDS[int(random.choice(len(data.GRIDS), p=data.GRID_SHARES))]
         size = (grid[0] * TILE[self.family], grid[1] * TILE[self.family])
-        batch = [testbed.example(random, kind, "train", size, stage.name == "window") for _ in range(stage.batch)]
+        batch = [data.example(random, kind, "train", size, stage.name == "window") for _ in range(stage.batch)]
         for example in batch:
             example.questions += example.lessons
         features = encode(self.model, self.family, batch)
@@ -286,7 +287,7 @@ def digit_shares(family: str, example: Example) -> torch.Tensor:
     if family == "llava_next":
         return torch.cat([F.adaptive_avg_pool2d(labels[0], side).flatten(), F.pad(labels[0], (0, 1)).flatten()])
     if example.video:
-        return torch.cat([F.avg_pool2d(label, testbed.POOLED).flatten() for label in labels] + [torch.zeros(1)])
+        return torch.cat([F.avg_pool2d(label, data.POOLED).flatten() for label in labels] + [torch.zeros(1)])
     return torch.cat([F.pad(label.flatten(), (0, 1)) for label in labels])
 
 
@@ -403,7 +404,3 @@ def main(
     trainer = Trainer(family, seed, folder, stages)
     trainer.run()
     print(f"{folder}: {trainer.spent:.0f} CPU seconds")
-
-
-if __name__ == "__main__":
-    typer.run(main)

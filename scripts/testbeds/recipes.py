@@ -1,6 +1,6 @@
 """What each step of building a codebook is worth: the recipe changed in one thing at a time, on validation examples.
 
-python scripts/compare_recipes.py outputs/testbed-next/window --images outputs/images --out outputs/recipes
+python scripts/testbeds compare-recipes outputs/testbed-next/window --images outputs/images --out outputs/recipes
 """
 
 from __future__ import annotations
@@ -17,19 +17,13 @@ import yaml
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-import testbed
-from compare_rules import (
-    accuracy,
-    encode_all,
-    library_rule,
-    oracle,
-    scored_rule,
-    unselected_codebooks,
-)
 from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.building.recipe import Recipe
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.metrics import paired_ratio_interval
+
+from .comparison import accuracy, encode_all, library_rule, oracle, scored_rule, unselected_codebooks
+from .digits import data
 
 
 RETENTIONS = (0.22, 0.15, 0.1, 0.05)
@@ -67,7 +61,7 @@ def rule(book: RedundancyCodebook, ratio: float, score: str = "cosine"):
 
 def main(
     model: Annotated[Path, typer.Argument(help="A testbed checkpoint.")],
-    images: Annotated[Path, typer.Option(help="Folder of images, of `scripts/testbed.py images`.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, of `scripts/testbeds images`.")],
     out: Annotated[Path, typer.Option(help="Folder for codebooks and results.json.")],
     recipe: Annotated[str, typer.Option(help="What is changed: a preset or a file.")] = "digits",
     count: Annotated[int, typer.Option(help="Validation examples, of four questions each.")] = 200,
@@ -90,8 +84,8 @@ def main(
 
     loaded = rbl_class(model).from_pretrained(model, pruning={"enabled": False}, dtype="float32").eval()
     family, tokenizer = loaded.config.model_type.removesuffix("_rbl"), AutoTokenizer.from_pretrained(model)
-    encoded = encode_all(loaded, family, list(testbed.examples(family, kind, "validation", count, 100)))
-    train = encode_all(loaded, family, list(testbed.examples(family, kind, "train", 60, 1)))
+    encoded = encode_all(loaded, family, list(data.examples(family, kind, "validation", count, 100)))
+    train = encode_all(loaded, family, list(data.examples(family, kind, "train", 60, 1)))
     size = len(books["as it is"].prototypes)
     for seed in range(3):
         books[f"random tokens, draw {seed + 1}"] = unselected_codebooks(train, size, seed)["random tokens"]
@@ -127,7 +121,3 @@ def main(
     content = {"model": model.name, "recipe": base.to_dict(), "examples": count, "unpruned": float(np.mean(full)),
                "rows": [{"name": n, "prototypes": p, "error": e, "shares": c} for n, p, e, c in rows]}  # fmt: skip
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

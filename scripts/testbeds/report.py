@@ -1,6 +1,6 @@
-"""Tables and a plot from the files that compare_rules.py wrote: accuracy against retention, with 95% intervals.
+"""Tables and a plot from the files that compare-rules wrote: accuracy against retention, with 95% intervals.
 
-python scripts/report_testbed.py docs/results/testbed/next-seed?.json --plot docs/results/testbed/next.png
+python scripts/testbeds report docs/results/testbed/next-seed?.json --plot docs/results/testbed/next.png
 """
 
 from __future__ import annotations
@@ -148,7 +148,3 @@ def main(
     print(tables(abouts, rules))
     if picture is not None:
         plot(rules, title, picture)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,1 @@
+"""The testbed of handwritten digits among decoys."""
