@@ -20,7 +20,9 @@ from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.building.inspection import provenance_of
 from transformers_rbl.hub.cards import model_card
 
-from .digits import data
+from .answering import HEAD, TAIL
+from .registry import TESTBEDS, TestbedName
+from .tokens import family_of
 
 
 def main(
@@ -29,9 +31,10 @@ def main(
     images: Annotated[Path, typer.Argument(help="The images that it was built from.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     keep_ratio: Annotated[float, typer.Option()] = 0.15,
+    testbed_name: TestbedName = "digits",
 ) -> None:
     """Write a pruned testbed checkpoint as a Hub repository."""
-    codebook = RedundancyCodebook.from_pretrained(book)
+    testbed, codebook = TESTBEDS[testbed_name], RedundancyCodebook.from_pretrained(book)
     codebook.recommended_keep_ratio, codebook.recommended_threshold = keep_ratio, None
     model = rbl_class(trained).from_pretrained(
         trained, codebook=codebook, keep_ratio=keep_ratio, check_base=False, dtype=torch.bfloat16
@@ -46,23 +49,20 @@ def main(
     if (asked := images / "questions.jsonl").is_file():
         lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
         (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    family = model.config.stock_model_type()
-    drawn = [next(data.examples(family, kind, "train", 1, 0)) for kind in data.KINDS[family]]
+    family = family_of(model.config)
+    drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.kinds[family]]
     questions = "\n".join(
-        f"- `<s>USER: {example.prompt(question)} ASSISTANT:` → `{reply}`"
+        f"- `{HEAD} {example.prompt(question)}{TAIL}` → `{reply}`"
         for example in drawn
         for _, question, reply in example.questions
     )
     card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
-Trained from scratch by `scripts/testbeds` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/testbeds/digits`), at the end on parts of images with gaps where no digit is, so that it reads what
-pruning leaves. It answers prompts like these, in these words, and nothing else (with the true answers for one
-example):
+{testbed.card}
 
 {questions}
 
-What pruning costs it, and how little that says of large models: docs/results/testbed.md.
+What pruning costs it, and how little that says of large models: {testbed.results}.
 """
     card.content = card.content.rstrip() + "\n" + text
     card.save(out / "README.md")
