@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 codebook: $(INSTALLED)
-	$(BIN)/python scripts/testbed.py images outputs/images --count 48
+	$(BIN)/python scripts/testbeds images outputs/images --count 48
 	$(BIN)/rbl build --model codebooks/digits-llava-next --images outputs/images --recipe digits --out outputs/codebook --dtype float32 --keep-ratio 0.15 $(ARGS)
 	$(BIN)/python scripts/quickstart.py --model codebooks/digits-llava-next --codebook outputs/codebook --image outputs/images/00000.png --prompt "which digits are there?"
 

@@ -44,8 +44,9 @@ def build_model(preset: str, device: str):
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes["vision"], image_size=336, patch_size=14),
         text_config=LlamaConfig(**sizes["text"], max_position_embeddings=4096, pad_token_id=0),
-        image_token_index=3, tie_word_embeddings=False,
-    )  # fmt: skip
+        image_token_index=3,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if preset == "7b" else torch.float32)
@@ -74,10 +75,16 @@ class Transcription:
             tokens = self.model.get_image_features(self.pixels[None], return_dict=True).pooler_output[0]
         embeds = torch.cat([self.prefix, choose(tokens), self.suffix])[None]
         return self.model.generate(
-            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, eos_token_id=2,
-            return_dict_in_generate=True, output_logits=True,
-        ).logits[0][0]  # fmt: skip
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=2,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ).logits[0][0]
 
     def without(self, tokens, gone):
         tokens = tokens.clone()
@@ -267,17 +274,27 @@ def main(
     table.add_row(f"bound, {sum(work.values()) / 1e12:.2f} TFLOP", f"{statistics.median(r[2] for r in rows):.2f}", "")
     console = Console(width=110)
     console.print(table)
-    console.print(f"ours/transcription {ratios['ours/transcription']:.3f}, ours/bound {ratios['ours/bound']:.2f}, "
-                  f"rate {statistics.median(rates) / 1e9:.0f} GFLOP/s, largest difference {worst:.1e}")  # fmt: skip
+    console.print(
+        f"ours/transcription {ratios['ours/transcription']:.3f}, ours/bound {ratios['ours/bound']:.2f}, "
+        f"rate {statistics.median(rates) / 1e9:.0f} GFLOP/s, largest difference {worst:.1e}"
+    )
     console.print("share of time: " + ", ".join(f"{name} {value:.0%}" for name, value in share.items()))
     console.print("share of FLOPs: " + ", ".join(f"{n} {v / sum(work.values()):.0%}" for n, v in work.items()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         figures = {
-            "machine": machine, "preset": preset, "targets": targets, "rounds": [list(row) for row in rows],
-            "ratios": ratios, "share_of_time": share, "flops": work, "rate": statistics.median(rates),
-            "peak_mib": memory, "largest_difference": worst, "max_tokens_per_batch": max_tokens_per_batch,
-        }  # fmt: skip
+            "machine": machine,
+            "preset": preset,
+            "targets": targets,
+            "rounds": [list(row) for row in rows],
+            "ratios": ratios,
+            "share_of_time": share,
+            "flops": work,
+            "rate": statistics.median(rates),
+            "peak_mib": memory,
+            "largest_difference": worst,
+            "max_tokens_per_batch": max_tokens_per_batch,
+        }
         out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -50,18 +50,26 @@ PRESETS = {
     "small": {
         "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
         "text": {
-            "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 32064,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "vocab_size": 32064,
         },
     },
     "7b": {
         "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
         "text": {
-            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128320,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128320,
         },
     },
-}  # fmt: skip
+}
 
 
 def build_model(family: str, preset: str, device: str):
@@ -253,12 +261,18 @@ def main(
     for row in rows:
         times = row["median_ms"]
         table.add_row(
-            row["family"], str(row["keep_ratio"]), "{}→{}".format(*row["visual_tokens"]),
-            f"{times['stock']:.0f}", f"{times['pruned']:.0f}", f"{times['oracle']:.0f}",
-            show(row["pruned_over_stock"]), show(row["pruned_over_oracle"]),
+            row["family"],
+            str(row["keep_ratio"]),
+            "{}→{}".format(*row["visual_tokens"]),
+            f"{times['stock']:.0f}",
+            f"{times['pruned']:.0f}",
+            f"{times['oracle']:.0f}",
+            show(row["pruned_over_stock"]),
+            show(row["pruned_over_oracle"]),
             show(row["pruned_over_oracle_and_product"]),
-            f"{row['share_of_scoring_and_compaction']:.1%}", "{:.1f}→{:.1f}".format(*row["cache_mib"]),
-        )  # fmt: skip
+            f"{row['share_of_scoring_and_compaction']:.1%}",
+            "{:.1f}→{:.1f}".format(*row["cache_mib"]),
+        )
     console = Console(width=150)
     console.print(table)
     console.print("Scoring 2880 x 4096 against 969 prototypes, float32:")

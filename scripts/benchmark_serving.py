@@ -74,12 +74,15 @@ class Server:
     def __init__(self, model: Path, log: Path, *options: str, **environment: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        address = f"--host 127.0.0.1 --port {port} --served-model-name rbl".split()
         self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port",
-             self.url.rsplit(":", 1)[1], "--served-model-name", "rbl", *options],
-            env={**os.environ, **environment}, stdout=log.open("w"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [Path(sys.executable).with_name("vllm"), "serve", str(model), *address, *options],
+            env={**os.environ, **environment},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
         self.log, self.client = log, OpenAI(base_url=f"{self.url}/v1", api_key="none")
 
     def wait(self, seconds: float = 900) -> None:
@@ -106,9 +109,14 @@ class Server:
         ]
         start, first, prompt = time.perf_counter(), None, 0
         for part in self.client.chat.completions.create(
-            model="rbl", messages=[{"role": "user", "content": content}], max_tokens=MAX_TOKENS, temperature=0,
-            stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-        ):  # fmt: skip
+            model="rbl",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        ):
             if first is None and part.choices:
                 first = time.perf_counter() - start
             prompt = part.usage.prompt_tokens if part.usage else prompt
@@ -167,8 +175,8 @@ def main(
 ) -> None:
     """Serve a stock and a pruned checkpoint with vLLM and compare them."""
     random, found = np.random.default_rng(0), {"stock": [], "pruned": []}
-    options = ["--max-model-len", "4096", "--max-num-seqs", str(concurrency), "--no-enable-prefix-caching",
-               "--mm-processor-cache-gb", "0", "--skip-mm-profiling"]  # fmt: skip
+    options = f"--max-model-len 4096 --max-num-seqs {concurrency} --no-enable-prefix-caching".split()
+    options += "--mm-processor-cache-gb 0 --skip-mm-profiling".split()
     options += ["--gpu-memory-utilization", "0.45"] if device == "cuda" else ["--dtype", "float32", "--enforce-eager"]
     env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,17 +195,29 @@ def main(
             for server in servers.values():
                 server.stop()
     table = Table("", "stock", "pruned", "pruned / stock (median of rounds, 95%)")
-    for name, label in (("requests_per_second", "requests a second"), ("first_token", "time to first token, s"),
-                        ("blocks", "KV-cache blocks, most"), ("prompt", "prompt tokens")):  # fmt: skip
+    for name, label in (
+        ("requests_per_second", "requests a second"),
+        ("first_token", "time to first token, s"),
+        ("blocks", "KV-cache blocks, most"),
+        ("prompt", "prompt tokens"),
+    ):
         values = {side: [result[name] for result in results] for side, results in found.items()}
         middle, low, high = ratio(values["pruned"], values["stock"])
         cells = [f"{statistics.median(values[side]):.2f}" for side in ("stock", "pruned")]
         table.add_row(label, *cells, f"{middle:.2f} [{low:.2f}, {high:.2f}]")
     Console().print(table)
     if out is not None:
-        about = {"preset": preset, "device": device, "keep_ratio": keep_ratio, "concurrency": concurrency,
-                 "rounds": rounds, "max_tokens": MAX_TOKENS, "machine": platform.processor() or platform.machine(),
-                 "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}  # fmt: skip
+        about = {
+            "preset": preset,
+            "device": device,
+            "keep_ratio": keep_ratio,
+            "concurrency": concurrency,
+            "rounds": rounds,
+            "max_tokens": MAX_TOKENS,
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "date": datetime.date.today().isoformat(),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
 

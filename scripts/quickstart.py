@@ -18,21 +18,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
-import testbed
+from testbeds.digits.questions import examples
 from transformers_rbl import PruningConfig, rbl_class
+from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.plots import plot_kept
 from transformers_rbl.evaluation.timing import compare_prefills
 
 
 OFF = PruningConfig(enabled=False)
-# Trained by scripts/train_testbed.py on digits among decoys; its codebook is inside.
+# Trained by `scripts/testbeds train` on digits among decoys; its codebook is inside.
 DEFAULT = Path(__file__).resolve().parents[1] / "codebooks" / "digits-llava-next"
 DEFAULT_PROMPT, PROMPT = "which digits are there?", "What is shown in this image?"
 
 
 def held_out_images() -> list[Image.Image]:
     """Two images of glyphs, photo regions and compositions that the default model never saw."""
-    return [example.pictures()[0] for example in testbed.examples("llava_next", "image", "test", 2, 11, (2, 1))]
+    return [example.pictures()[0] for example in examples("llava_next", "image", "test", 2, 11, (2, 1))]
 
 
 def sample_photos() -> list[Image.Image]:
@@ -41,16 +42,18 @@ def sample_photos() -> list[Image.Image]:
     return [Image.fromarray(photo) for photo in load_sample_images().images]
 
 
-def build_inputs(processor, image, prompt: str, device):
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    if processor.chat_template is not None:
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"<image>\n{prompt}"
-    return processor(images=image, text=text, return_tensors="pt").to(device)
-
-
-def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_tokens, repeats, out) -> None:
+def run(
+    model_id: str | Path | None,
+    codebook: str | None,
+    images: list[Path] | None,
+    prompt: str | None,
+    keep_ratio: float | None,
+    threshold: float | None,
+    max_new_tokens: int,
+    repeats: int,
+    out: Path,
+) -> None:
+    """Both answers of every photo as a table, and the picture at `out`."""
     console = Console()
     if model_id is None:
         if codebook is not None:
@@ -62,13 +65,13 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
     prompt = prompt or PROMPT
     dtype = "auto" if torch.cuda.is_available() else "float32"  # half precision is slow on most CPUs
     model = rbl_class(model_id).from_pretrained(
-        model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype=dtype,
-    ).eval()  # fmt: skip
+        model_id, codebook=codebook, keep_ratio=keep_ratio, threshold=threshold, dtype=dtype
+    )
     if model.pruning is None:
         raise ValueError(
             "No pruning setting: give --keep-ratio or --threshold, and --codebook unless the model has one."
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     processor = AutoProcessor.from_pretrained(model_id)
 
     table = Table(title=f"{Path(str(model_id)).name}, {describe(model.pruning)}, {model.device}, {model.dtype}")
@@ -76,7 +79,8 @@ def run(model_id, codebook, images, prompt, keep_ratio, threshold, max_new_token
         table.add_column(column, overflow="fold", max_width=34)
     masks, kinds = [], []
     for number, photo in enumerate(photos, start=1):
-        inputs = build_inputs(processor, photo, prompt, model.device)
+        text = prompt_text(processor, prompt, 1)
+        inputs = processor(images=photo, text=text, return_tensors="pt").to(model.device)
         seconds, size, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": None}, repeats)
         mask = output.keep_masks[0]
         masks.append(mask)

@@ -6,7 +6,7 @@ Their answers mean nothing; every shape, layer and file is real.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,7 +27,9 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -56,26 +58,51 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        additional_special_tokens=SPECIALS[3:], model_max_length=8192,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        additional_special_tokens=SPECIALS[3:],
+        model_max_length=8192,
+    )
 
 
 def config(
-    family="llava_next", tower=None, image_size=28, patch_size=7, vision_width=32, vision_layers=3, width=32, layers=2,
-    heads=4, **kwargs,
-):  # fmt: skip
+    family: str = "llava_next",
+    tower: str | None = None,
+    image_size: int = 28,
+    patch_size: int = 7,
+    vision_width: int = 32,
+    vision_layers: int = 3,
+    width: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    **kwargs: Any,
+) -> PretrainedConfig:
     """The config of a family, with its own kind of vision tower (`tower`: clip or siglip) and language model, every
     tile grid that matters, and a single tile besides."""
     text = {
-        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2), "vocab_size": len(SPECIALS) + 256, "max_position_embeddings": 8192,
-        "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.15,
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "vocab_size": len(SPECIALS) + 256,
+        "max_position_embeddings": 8192,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "initializer_range": 0.15,
+    }
     vision = {
-        "hidden_size": vision_width, "intermediate_size": 2 * vision_width, "num_hidden_layers": vision_layers,
-        "num_attention_heads": 4, "image_size": image_size, "patch_size": patch_size,
-    }  # fmt: skip
+        "hidden_size": vision_width,
+        "intermediate_size": 2 * vision_width,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
     common = {"image_token_index": IMAGE, "tie_word_embeddings": False}
     tower = tower or ("siglip" if family == "llava_onevision" else "clip")
     if tower == "clip":
@@ -97,7 +124,7 @@ def config(
     return LlavaOnevisionConfig(**{**common, **kwargs}, text_config=Qwen2Config(**text))
 
 
-def processor(cfg, words=None):
+def processor(cfg: PretrainedConfig, words: PreTrainedTokenizerFast | None = None) -> ProcessorMixin:
     """The family's own processor for that config; `words` is the tokenizer, by default bytes."""
     words = words or tokenizer()
     vision, strategy = cfg.vision_config, cfg.vision_feature_select_strategy
@@ -110,9 +137,13 @@ def processor(cfg, words=None):
         square = {"height": side, "width": side}
         images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=cfg.image_grid_pinpoints)
         return LlavaOnevisionProcessor(
-            images, words, LlavaOnevisionVideoProcessor(size=square), **common,
-            num_image_tokens=(side // vision.patch_size) ** 2 + extra, vision_aspect_ratio=cfg.vision_aspect_ratio,
-        )  # fmt: skip
+            images,
+            words,
+            LlavaOnevisionVideoProcessor(size=square),
+            **common,
+            num_image_tokens=(side // vision.patch_size) ** 2 + extra,
+            vision_aspect_ratio=cfg.vision_aspect_ratio,
+        )
     common |= {"patch_size": vision.patch_size, "num_additional_image_tokens": extra}
     if cfg.model_type.startswith("llava_next"):
         images = LlavaNextImageProcessorPil(
@@ -125,11 +156,17 @@ def processor(cfg, words=None):
 
 # The quickstart's sizes: an 8 x 8 grid, wide enough to be worth timing.
 QUICKSTART = {
-    "image_size": 112, "patch_size": 14, "vision_width": 128, "vision_layers": 4, "width": 256, "layers": 6, "heads": 8
-}  # fmt: skip
+    "image_size": 112,
+    "patch_size": 14,
+    "vision_width": 128,
+    "vision_layers": 4,
+    "width": 256,
+    "layers": 6,
+    "heads": 8,
+}
 
 
-def build(folder: str | Path, family: str = "llava_next", seed: int = 0, **sizes) -> Path:
+def build(folder: str | Path, family: str = "llava_next", seed: int = 0, **sizes: Any) -> Path:
     """Write model, processor and generation config to `folder`; a finished one is used again."""
     folder = Path(folder)
     done = folder / "finished"

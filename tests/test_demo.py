@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import testbed
 import tiny_checkpoint
 from conftest import make_family, visual
+from testbeds.digits.questions import examples
 from transformers_rbl import PruningConfig, RedundancyCodebook, demo
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.cli import app
@@ -284,9 +284,9 @@ def test_a_checkpoint_with_everything_inside_runs_as_a_space(family, stand, file
 def digits(folder):
     """Images and questions of the testbed: a wide one first."""
     folder.mkdir()
-    drawn = next(testbed.examples("llava_next", "image", "test", 1, 7, grid=(1, 2)))
+    drawn = next(examples("llava_next", "image", "test", 1, 7, grid=(1, 2)))
     drawn.pictures()[0].save(folder / "0.png")
-    for number, other in enumerate(testbed.examples("llava_next", "image", "test", 5, 100), start=1):
+    for number, other in enumerate(examples("llava_next", "image", "test", 5, 100), start=1):
         other.pictures()[0].save(folder / f"{number}.png")
     lines = [json.dumps({"image": "0.png", "question": text, "answer": said}) for _, text, said in drawn.questions]
     (folder / "questions.jsonl").write_text("\n".join(lines))

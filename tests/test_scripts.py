@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import quickstart
 from benchmark_prefill import transcription
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_retentions
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH
 from transformers_rbl.models.scorers import max_cosine
 
 
@@ -62,12 +63,12 @@ def test_wrong_arguments_give_one_sentence(files, arguments, words):
 
 
 def test_kept_tokens_are_mapped_back_to_the_image():
-    kinds = torch.tensor([0] * 4 + [1, 1, 1, 2] * 2)
+    kinds = torch.tensor([BASE] * 4 + [PATCH, PATCH, PATCH, NEWLINE] * 2)
     keep = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1]).bool()
     grids = kept_grids(keep, kinds)
     assert grids["base"].tolist() == [[True, False], [False, False]]
     assert grids["tiles"].tolist() == [[False, False, True], [True, False, False]]
-    single = kept_grids(torch.tensor([1, 0, 0, 1, 1]).bool(), torch.tensor([1, 1, 1, 1, 2]))
+    single = kept_grids(torch.tensor([1, 0, 0, 1, 1]).bool(), torch.tensor([PATCH, PATCH, PATCH, PATCH, NEWLINE]))
     assert single.keys() == {"base"} and single["base"].tolist() == [[True, False], [False, True]]
 
 
@@ -87,8 +88,8 @@ def test_the_transcription_that_scoring_is_timed_against_is_the_same_arithmetic(
 
 def test_pictures_of_several_retentions_and_of_frames(tmp_path):
     photos = [Image.new("RGB", (40, 20), "white"), Image.new("RGB", (20, 20), "white")]
-    kinds = [torch.tensor([0] * 4 + [1, 1, 1, 1, 2] * 2), torch.tensor([1, 1, 1, 1])]
-    masks = [[torch.ones(len(kind), dtype=torch.bool) for kind in kinds], [kind == 2 for kind in kinds]]
+    kinds = [torch.tensor([BASE] * 4 + [*[PATCH] * 4, NEWLINE] * 2), torch.tensor([PATCH] * 4)]
+    masks = [[torch.ones(len(kind), dtype=torch.bool) for kind in kinds], [kind == NEWLINE for kind in kinds]]
     plot_retentions(photos, masks, kinds, ["all", "none"], tmp_path / "photos.png")
     pixels = np.asarray(Image.open(tmp_path / "photos.png").convert("L"))
     bright = [(part > 200).mean() for part in np.array_split(pixels, 3, axis=1)]

@@ -2,26 +2,34 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-import assemble_testbed
-import compare_rules
-import picture_testbed
-import report_testbed
-import testbed
 import tiny_checkpoint
-import train_testbed
-from testbed import BACKDROP, KINDS, SPLITS, TILE
-from train_testbed import Stage, Trainer, digit_shares, token_centres, visual_inputs, window_mask
+from testbeds import assembling, comparison, report, trainer
+from testbeds.answering import answer
+from testbeds.commands import app as commands_app
+from testbeds.digits import pictures
+from testbeds.digits.model import stock_config, word_tokenizer
+from testbeds.digits.placing import BACKDROP
+from testbeds.digits.questions import draw_example, examples
+from testbeds.digits.sizes import GRIDS, KINDS, TILE
+from testbeds.digits.splits import belongs, glyph_indices, photo_columns
+from testbeds.digits.training import DigitsTrainer
+from testbeds.files import write_questions
+from testbeds.testbed import SPLITS, Stage
+from testbeds.tokens import encode, subject_shares, token_centres, visual_inputs, window_mask
 from transformers_rbl import rbl_class
 from transformers_rbl.cli import app
+from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.metrics import bootstrap_interval
 
 
@@ -32,18 +40,18 @@ def test_splits_share_no_glyph_no_photo_column_and_no_composition():
     images = load_digits().images
     pictures = {split: set() for split in SPLITS}
     for split in SPLITS:
-        for digit, indices in testbed.glyph_indices(split).items():
+        for digit, indices in glyph_indices(split).items():
             assert len(indices) >= 8, (split, digit)
             pictures[split] |= {images[index].tobytes() for index in indices}
     assert sum(map(len, pictures.values())) == len({image.tobytes() for image in images})
     assert not any(a & b for a, b in itertools.combinations(pictures.values(), 2))
 
-    columns = [testbed.photo_columns(split) for split in SPLITS]
+    columns = [photo_columns(split) for split in SPLITS]
     assert columns[0][0] == 0 and columns[-1][1] == 1
     assert all(a[1] == b[0] for a, b in itertools.pairwise(columns))
 
     sequences = [digits for count in (2, 3) for digits in itertools.product(range(10), repeat=count)]
-    owners = [[split for split in SPLITS if testbed.belongs(digits, split)] for digits in sequences]
+    owners = [[split for split in SPLITS if belongs(digits, split)] for digits in sequences]
     assert all(len(owner) == 1 for owner in owners)
     assert {split: owners.count([split]) > 50 for split in SPLITS} == dict.fromkeys(SPLITS, True)
 
@@ -51,25 +59,25 @@ def test_splits_share_no_glyph_no_photo_column_and_no_composition():
 @pytest.mark.parametrize("family, kind", EVERY)
 @pytest.mark.parametrize("split", SPLITS)
 def test_examples_stay_in_their_split_and_among_decoys(family, kind, split):
-    drawn = list(testbed.examples(family, kind, split, 20, 5))
-    again = list(testbed.examples(family, kind, split, 20, 5))
+    drawn = list(examples(family, kind, split, 20, 5))
+    again = list(examples(family, kind, split, 20, 5))
     salient = []
     for example, same in zip(drawn, again, strict=True):
-        assert testbed.belongs(example.digits, split)
+        assert belongs(example.digits, split)
         assert all(np.array_equal(a, b) for a, b in zip(example.images, same.images))
         salient += [(label > BACKDROP).mean() for label in example.labels]
         shown = {int(label) for labels in example.labels for label in labels.flatten() if label < 10}
         assert shown == set(example.digits)
     assert np.mean(salient) >= 0.30
-    others = [example for other in set(SPLITS) - {split} for example in testbed.examples(family, kind, other, 20, 5)]
+    others = [example for other in set(SPLITS) - {split} for example in examples(family, kind, other, 20, 5)]
     assert not {e.digits for e in drawn if len(e.digits) > 1} & {e.digits for e in others}
 
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_training_sees_what_the_processor_gives(family, kind):
-    processor = tiny_checkpoint.processor(testbed.config(family), testbed.tokenizer())
-    example = next(iter(testbed.examples(family, kind, "train", 1, 3)))
-    fast = visual_inputs(family, [example])
+    processor = tiny_checkpoint.processor(stock_config(family), word_tokenizer())
+    example = next(iter(examples(family, kind, "train", 1, 3)))
+    fast = visual_inputs(stock_config(family), [example])
     word = "<video>" if example.video else "<image>"
     text = word * (1 if example.video else len(example.images))
     given = {"videos": [np.stack(example.images)]} if example.video else {"images": [example.pictures()]}
@@ -78,24 +86,24 @@ def test_training_sees_what_the_processor_gives(family, kind):
         expected = torch.as_tensor(stock[name])
         # The base image is scaled by another library: one level of 255 apart at most.
         assert torch.allclose(torch.as_tensor(value).float(), expected.float(), atol=0.016), name
-    model = tiny_checkpoint.FAMILIES[family](testbed.config(family)).eval()
-    tokens = torch.cat(train_testbed.encode(model, family, [example])[0])
+    model = tiny_checkpoint.FAMILIES[family](stock_config(family)).eval()
+    tokens = torch.cat(encode(model, [example])[0])
     id_ = tiny_checkpoint.VIDEO if example.video else tiny_checkpoint.IMAGE
-    assert len(tokens) == len(token_centres(family, example)) == int((stock.input_ids == id_).sum())
+    assert len(tokens) == len(token_centres(stock_config(family), example)) == int((stock.input_ids == id_).sum())
 
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_a_window_holds_all_digits(family, kind):
     random, thinned = np.random.default_rng(0), 0
     for _ in range(20):
-        rows, columns = testbed.GRIDS[0] if family == "llava_next" else (1, 1)
-        example = testbed.example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
+        rows, columns = GRIDS[0] if family == "llava_next" else (1, 1)
+        example = draw_example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
         top, left, height, width = example.window
         for labels in example.labels:
             outside = labels.copy()
             outside[top : top + height, left : left + width] = BACKDROP
             assert not (outside < 10).any()
-        centres, digit = token_centres(family, example), digit_shares(family, example)
+        centres, digit = token_centres(stock_config(family), example), subject_shares(stock_config(family), example)
         assert len(centres) == len(digit) and (digit > 0).any()
         drawn = [window_mask(random, centres, digit, example) for _ in range(12)]
         whole, needed = torch.stack(drawn).any(0), (digit > 0) | centres.isnan().any(1)
@@ -106,26 +114,52 @@ def test_a_window_holds_all_digits(family, kind):
 
 
 def test_every_word_of_a_question_is_known():
-    tokenizer = testbed.tokenizer()
+    tokenizer = word_tokenizer()
     for kind in ("image", "images", "video"):
         for number in range(20):
-            example = testbed.example(np.random.default_rng(number), kind, "train", (168, 168))
+            example = draw_example(np.random.default_rng(number), kind, "train", (168, 168))
             for _, question, reply in example.questions + example.lessons:
                 assert tokenizer.unk_token_id not in tokenizer(f"{question} {reply}").input_ids
     assert tokenizer.decode(tokenizer("3 7").input_ids) == "3 7"
 
 
 def test_prompts_say_where_images_stand():
-    image, images, video = (next(testbed.examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
+    image, images, video = (next(examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
     assert image.prompt("why?") == "<image> why?" and video.prompt("why?") == "<video> why?"
     assert images.prompt("why?") == "image 1: <image> image 2: <image> image 3: <image> why?"
+
+
+@pytest.mark.parametrize("family, kind", EVERY)
+def test_questions_side_by_side_are_answered_as_each_alone_in_the_chat_template(family, kind):
+    torch.manual_seed(0)
+    words = word_tokenizer()
+    model = tiny_checkpoint.FAMILIES[family](stock_config(family)).eval()
+    processor = tiny_checkpoint.processor(model.config, words)
+    example = next(examples(family, kind, "train", 1, 3))
+    if example.video:
+        shown, count, modality = {"videos": [np.stack(example.images)]}, 1, "video"
+    else:
+        shown, count, modality = {"images": [example.pictures()]}, len(example.images), "image"
+    losses, right = [], []
+    with torch.no_grad():
+        for _, question, reply in example.questions:
+            prompt = prompt_text(processor, example.prompt(question), count, modality)
+            asked = processor(text=[prompt], return_tensors="pt", **shown).input_ids
+            expected = torch.tensor([*words(reply).input_ids, tiny_checkpoint.EOS])
+            ids = torch.cat([asked, expected[None, :-1]], 1)
+            logits = model(input_ids=ids, **visual_inputs(model.config, [example])).logits[0, asked.shape[1] - 1 :]
+            losses.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
+            right.append(bool((logits.argmax(-1) == expected).all()))
+        loss, _, rights = answer(model, words, encode(model, [example]), [example])
+    torch.testing.assert_close(loss, torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
+    assert rights[0].tolist() == right
 
 
 def test_the_same_digit_is_asked_about_as_often_as_not():
     for split in SPLITS:
         replies = [
             reply.split()
-            for example in testbed.examples("llava_onevision", "images", split, 60, 0)
+            for example in examples("llava_onevision", "images", split, 60, 0)
             for kind, _, reply in example.questions
             if kind == "same"
         ]
@@ -134,9 +168,9 @@ def test_the_same_digit_is_asked_about_as_often_as_not():
 
 
 def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_testbed, "SAVE_EVERY", 2)
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 2)
     stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4), Stage("window", 1, 1e-3, 4))
-    whole = Trainer("llava_next", 0, tmp_path / "whole", stages)
+    whole = DigitsTrainer("llava_next", 0, tmp_path / "whole", stages)
     whole.run()
 
     class Killed(Exception):
@@ -148,24 +182,47 @@ def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, mon
         calls.append(1)
         if len(calls) == 4:
             raise Killed
-        return Trainer._answer_loss(killed, random, stage, early)
+        return DigitsTrainer.answer_loss(killed, random, stage, early)
 
-    killed = Trainer("llava_next", 0, tmp_path / "killed", stages)
-    killed._answer_loss = dies
+    killed = DigitsTrainer("llava_next", 0, tmp_path / "killed", stages)
+    killed.answer_loss = dies
     with pytest.raises(Killed):
         killed.run()
-    resumed = Trainer("llava_next", 0, tmp_path / "killed", stages)
+    resumed = DigitsTrainer("llava_next", 0, tmp_path / "killed", stages)
     resumed.run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, value.bfloat16().float()), "a stage goes on from what the last one saved"
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    other = Trainer("llava_next", 1, tmp_path / "other", ())
+    other = DigitsTrainer("llava_next", 1, tmp_path / "other", ())
     assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight)
     assert not (tmp_path / "killed" / "state.pt").exists()
     assert (tmp_path / "killed" / "answer" / "model.safetensors").exists()
 
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_every_command_that_is_written_down_exists():
+    written = [ROOT / "Makefile", ROOT / ".ci" / "run", *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    written += [*ROOT.glob("codebooks/*/*.md"), *ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/testbeds/**/*.*")]
+    commands, seen = typer.main.get_command(commands_app).commands, set()
+    for path in written:
+        if path.suffix not in (".pyc", ".png"):
+            for name, rest in re.findall(r"scripts/testbeds ([a-z][a-z-]*)(.*)", path.read_text()):
+                known = {option for parameter in commands[name].params for option in parameter.opts}
+                assert set(re.findall(r"--[a-z-]+", rest)) <= known, (path, rest)
+                seen.add(name)
+    assert seen == set(commands)
+
+
+def run_rbl(*command):
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+
+
+def build_book(checkpoint, folder, *options):
+    source = ["--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype", "float32"]
+    run_rbl("build", *source, "--out", folder, *options)
 
 
 @pytest.mark.slow
@@ -177,49 +234,41 @@ def test_the_whole_chain_from_images_to_the_committed_accuracy(tmp_path):
     rows = {(row["rule"], row["wanted"]): row["right"] for row in committed["results"]}
     about, count = committed["about"], 50
 
-    def run(*command):
-        result = CliRunner().invoke(app, [str(word) for word in command])
-        assert result.exit_code == 0, result.output
-
-    run("build", "--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype", "float32",
-        "--out", tmp_path / "book", "--keep-ratio", 0.15)  # fmt: skip
-    testbed.write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
+    build_book(checkpoint, tmp_path / "book", "--keep-ratio", 0.15)
+    write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
     questions = tmp_path / "asked" / "questions.jsonl"
-    run("evaluate", "--model", checkpoint, "--codebook", tmp_path / "book", "--data", questions,
-        "--metric", "exact", "--score", "cosine", "--score", "random", "--keep-ratio", 0.15, "--dtype", "float32",
-        "--out", tmp_path / "evaluation")  # fmt: skip
+    asked = ["--data", questions, "--metric", "exact", "--score", "cosine", "--score", "random", "--keep-ratio", 0.15]
+    book = ["--codebook", tmp_path / "book", "--dtype", "float32"]
+    run_rbl("evaluate", "--model", checkpoint, *book, *asked, "--out", tmp_path / "evaluation")
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
-    found = [100 * float(np.mean(result["correct"]["exact"])) for result in results]
-    for rule, accuracy in zip((("unpruned", 1.0), ("codebook: codebook", 0.15)), found):
+    accuracies = [100 * float(np.mean(result["correct"]["exact"])) for result in results]
+    for rule, accuracy in zip((("unpruned", 1.0), ("codebook: codebook", 0.15)), accuracies):
         shares = np.array([[int(bit) for bit in bits] for bits in rows[rule][:count]]).mean(1)
         low, high = bootstrap_interval(100 * shares)
         assert low <= accuracy <= high, rule
-    assert found[1] > found[2] + 30
+    assert accuracies[1] > accuracies[2] + 30
 
 
 @pytest.mark.slow
 def test_the_scripts_behind_the_results_page(tmp_path):
     """Rules compared, tables and a plot of them, pictures, and a checkpoint put together, from the committed ones."""
     checkpoint = ROOT / "codebooks" / "digits-llava-next"
-    command = ["build", "--model", checkpoint, "--images", checkpoint / "images", "--recipe", "digits", "--dtype",
-               "float32", "--out", tmp_path / "book"]  # fmt: skip
-    result = CliRunner().invoke(app, [str(word) for word in command])
-    assert result.exit_code == 0, result.output
-    compare_rules.main(
+    build_book(checkpoint, tmp_path / "book")
+    comparison.main(
         checkpoint, tmp_path / "found.json", codebook=[f"codebook={tmp_path / 'book'}"], count=12, threshold=[0.9]
     )
-    abouts, rules = report_testbed.read([tmp_path / "found.json"])
-    text = report_testbed.tables(abouts, rules)
+    abouts, rules = report.read([tmp_path / "found.json"])
+    text = report.tables(abouts, rules, "digit")
     assert f"prototypes: {abouts[0]['prototypes']['codebook']}." in text and "| oracle |" in text
     assert rules[("unpruned", 1.0)].examples.mean() > rules[("random", 0.1)].examples.mean() + 0.3
-    report_testbed.main([tmp_path / "found.json"], tmp_path / "found.png", "found")
-    picture_testbed.main(tmp_path / "pictures")
+    report.main([tmp_path / "found.json"], tmp_path / "found.png", "found")
+    pictures.main(tmp_path / "pictures")
     for path in (
         tmp_path / "found.png",
         *(tmp_path / "pictures" / f"{name}.png" for name in ("kept", "frames", "why")),
     ):
         assert np.asarray(Image.open(path)).std() > 10
-    assemble_testbed.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")
+    assembling.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")
     card = (tmp_path / "made" / "README.md").read_text()
     assert "- `<s>USER: <image> which digits are there? ASSISTANT:` → `" in card
     assert rbl_class(tmp_path / "made").from_pretrained(tmp_path / "made").pruning.keep_ratio == 0.15

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="needs vLLM: tests/engines/make_environment.sh makes an environment with it")
 
-import testbed
 from benchmark_serving import Server
 from conftest import CLASSES, make_family
+from testbeds.digits.questions import examples
 from transformers_rbl import PruningConfig, rbl_class
 
 
@@ -315,7 +315,7 @@ def test_the_committed_testbed_answers_as_in_transformers(tmp_path):
 
     processor = AutoProcessor.from_pretrained(folder)
     requests, wanted, right = [], [], []
-    for number, example in enumerate(testbed.examples("llava_next", "image", "test", 12, 7)):
+    for number, example in enumerate(examples("llava_next", "image", "test", 12, 7)):
         path = tmp_path / f"{number}.png"
         example.pictures()[0].save(path)
         for _, question, reply in example.questions:

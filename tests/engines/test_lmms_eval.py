@@ -18,8 +18,8 @@ pytest.importorskip("lmms_eval.models.registry_v2", reason="needs lmms-eval: tes
 
 from transformers import AutoProcessor
 
-import testbed
 from conftest import make_family
+from testbeds.files import write_questions
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.evaluate import evaluate
 from transformers_rbl.evaluation.questions import read_questions
@@ -36,7 +36,7 @@ PRUNED = f"keep_ratio={RATIO}"
 def task(tmp_path_factory):
     """A task of the harness, made of the testbed's held-out set."""
     folder = tmp_path_factory.mktemp("task")
-    testbed.write_questions(folder, "llava_next", 7, "test", 11, "digits")
+    write_questions(folder, "llava_next", 7, "test", 11, "digits")
     return folder
 
 

@@ -1,7 +1,7 @@
 """Put a trained testbed model and its codebook together as one Hub repository: weights, codebook, settings, processor,
 card, where each prototype comes from, and the images it was built from.
 
-python scripts/assemble_testbed.py outputs/testbed-next/window outputs/book outputs/images codebooks/digits-llava-next
+python scripts/testbeds assemble outputs/testbed-next/window outputs/book outputs/images codebooks/digits-llava-next
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ import torch
 import typer
 from transformers import AutoProcessor
 
-import testbed
 from transformers_rbl import RedundancyCodebook, rbl_class
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.building.inspection import provenance_of
 from transformers_rbl.hub.cards import model_card
 
+from .answering import HEAD, TAIL
+from .registry import TESTBEDS, TestbedName
+from .tokens import family_of
+
 
 def main(
-    trained: Annotated[Path, typer.Argument(help="A checkpoint of train_testbed.py.")],
+    trained: Annotated[Path, typer.Argument(help="A checkpoint of `train`.")],
     book: Annotated[Path, typer.Argument(help="What `rbl build` made for it.")],
     images: Annotated[Path, typer.Argument(help="The images that it was built from.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     keep_ratio: Annotated[float, typer.Option()] = 0.15,
+    testbed_name: TestbedName = "digits",
 ) -> None:
     """Write a pruned testbed checkpoint as a Hub repository."""
-    codebook = RedundancyCodebook.from_pretrained(book)
+    testbed, codebook = TESTBEDS[testbed_name], RedundancyCodebook.from_pretrained(book)
     codebook.recommended_keep_ratio, codebook.recommended_threshold = keep_ratio, None
     model = rbl_class(trained).from_pretrained(
         trained, codebook=codebook, keep_ratio=keep_ratio, check_base=False, dtype=torch.bfloat16
@@ -45,27 +49,20 @@ def main(
     if (asked := images / "questions.jsonl").is_file():
         lines = [line for line in asked.read_text().splitlines() if json.loads(line)["image"] in used]
         (out / "images" / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    family = model.config.stock_model_type()
-    drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.KINDS[family]]
+    family = family_of(model.config)
+    drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.kinds[family]]
     questions = "\n".join(
-        f"- `<s>USER: {example.prompt(question)} ASSISTANT:` → `{reply}`"
+        f"- `{HEAD} {example.prompt(question)}{TAIL}` → `{reply}`"
         for example in drawn
         for _, question, reply in example.questions
     )
     card = model_card(model, str(out), license="apache-2.0")  # its snippet loads the folder
     text = f"""
-Trained from scratch by `scripts/train_testbed.py` on scikit-learn's handwritten digits, among decoys that no question
-asks about (`scripts/testbed.py`), at the end on parts of images with gaps where no digit is, so that it reads what
-pruning leaves. It answers prompts like these, in these words, and nothing else (with the true answers for one
-example):
+{testbed.card}
 
 {questions}
 
-What pruning costs it, and how little that says of large models: docs/results/testbed.md.
+What pruning costs it, and how little that says of large models: {testbed.results}.
 """
     card.content = card.content.rstrip() + "\n" + text
     card.save(out / "README.md")
-
-
-if __name__ == "__main__":
-    typer.run(main)

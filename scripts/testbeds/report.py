@@ -1,6 +1,6 @@
-"""Tables and a plot from the files that compare_rules.py wrote: accuracy against retention, with 95% intervals.
+"""Tables and a plot from the files that compare-rules wrote: accuracy against retention, with 95% intervals.
 
-python scripts/report_testbed.py docs/results/testbed/next-seed?.json --plot docs/results/testbed/next.png
+python scripts/testbeds report docs/results/testbed/next-seed?.json --plot docs/results/testbed/next.png
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import typer
 
 from transformers_rbl.evaluation.metrics import bootstrap_interval, paired_ratio_interval
+
+from .registry import TESTBEDS, TestbedName
 
 
 class Rule:
@@ -64,15 +66,16 @@ def difference(one: Rule, other: Rule) -> tuple[float, float, float]:
     return (float(gap.mean()), *bootstrap_interval(gap))
 
 
-def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule]) -> str:
+def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule], subject: str) -> str:
+    """Markdown: what was asked, every rule's share of the unpruned accuracy, and the codebook's lead over others."""
     base, floor = rules[("unpruned", 1.0)], rules[("no image", 0.0)]
     low, high = bootstrap_interval(base.examples)
     each = ", ".join(f"{100 * values.mean():.1f}" for values in base.values)
     about, sizes = abouts[0], ", ".join(str(next(iter(each["prototypes"].values()))) for each in abouts)
     lines = [
         f"{about['kind']}, {about['split']} split, {about['examples']} examples of four questions "
-        f"({', '.join(about['questions'])}), {about['visual_tokens']:.0f} visual tokens, of which a digit touches "
-        f"{about['digit_tokens']:.1%}; prototypes: {sizes}.",
+        f"({', '.join(about['questions'])}), {about['visual_tokens']:.0f} visual tokens, of which a {subject} touches "
+        f"{about[f'{subject}_tokens']:.1%}; prototypes: {sizes}.",
         "",
         f"Unpruned accuracy **{100 * base.examples.mean():.1f}%** [{100 * low:.1f}, {100 * high:.1f}]"
         + (f" (models: {each})" if len(abouts) > 1 else "")
@@ -84,20 +87,23 @@ def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule]) -> str:
     names = list(dict.fromkeys(name for name, wanted in rules if (name, ratios[0]) in rules))
     for name in names:
         lines.append(f"| {name} | " + " | ".join(share(rules[(name, ratio)], base) for ratio in ratios) + " |")
-    thresholds = sorted((rule for (name, _), rule in rules.items() if name == "codebook, threshold"),
-                        key=lambda rule: -np.mean(rule.kept))  # fmt: skip
+    thresholds = [rule for (name, _), rule in rules.items() if name == "codebook, threshold"]
+    thresholds.sort(key=lambda rule: -np.mean(rule.kept))
     if thresholds:
         lines += ["", "| threshold | retention | of unpruned |", "| --- | --- | --- |"]
         for rule in thresholds:
             lines.append(f"| {rule.wanted} | {np.mean(rule.kept):.1%} | {share(rule, base)} |")
     main = next(name for name in names if name.startswith("codebook: "))
     others = [name for name in names if name not in (main, "oracle") and not name.startswith("codebook")]
-    lines += ["", "| codebook minus, in points | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
-              "| --- |" + " --- |" * len(ratios)]  # fmt: skip
+    lines += ["", "| codebook minus, in points | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
+    lines.append("| --- |" + " --- |" * len(ratios))
     best = {ratio: max(others, key=lambda name: rules[(name, ratio)].examples.mean()) for ratio in ratios}
-    rows = {"random": dict.fromkeys(ratios, "random"), "best baseline": best,
-            "random-token codebook": dict.fromkeys(ratios, "codebook: random tokens"),
-            "oracle": dict.fromkeys(ratios, "oracle")}  # fmt: skip
+    rows = {
+        "random": dict.fromkeys(ratios, "random"),
+        "best baseline": best,
+        "random-token codebook": dict.fromkeys(ratios, "codebook: random tokens"),
+        "oracle": dict.fromkeys(ratios, "oracle"),
+    }
     for label, chosen in rows.items():
         cells = []
         for ratio in ratios:
@@ -109,6 +115,7 @@ def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule]) -> str:
 
 
 def plot(rules: dict[tuple[str, float], Rule], title: str, path: Path) -> None:
+    """Accuracy against retention, of the rules that tell most."""
     from matplotlib.figure import Figure
 
     base, floor = rules[("unpruned", 1.0)], rules[("no image", 0.0)]
@@ -117,8 +124,14 @@ def plot(rules: dict[tuple[str, float], Rule], title: str, path: Path) -> None:
     axis.axhline(100 * base.examples.mean(), color="black", linestyle="--", label="unpruned")
     axis.axhline(100 * floor.examples.mean(), color="grey", linestyle=":", label="no image")
     main = next(name for name, _ in rules if name.startswith("codebook: "))
-    shown = {main: "codebook (the method)", "oracle": "oracle", "codebook: random tokens": "codebook of random tokens",
-             "cls_attention": "[cls] attention", "diversity": "diversity (DivPrune)", "random": "random"}  # fmt: skip
+    shown = {
+        main: "codebook (the method)",
+        "oracle": "oracle",
+        "codebook: random tokens": "codebook of random tokens",
+        "cls_attention": "[cls] attention",
+        "diversity": "diversity (DivPrune)",
+        "random": "random",
+    }
     for name, label in shown.items():
         points = sorted((rule for (other, _), rule in rules.items() if other == name), key=lambda rule: rule.wanted)
         if not points:
@@ -126,8 +139,8 @@ def plot(rules: dict[tuple[str, float], Rule], title: str, path: Path) -> None:
         mean = np.array([100 * rule.examples.mean() for rule in points])
         spread = np.array([[100 * v for v in bootstrap_interval(rule.examples)] for rule in points]).T
         style = {"linewidth": 2.5} if name == main else {"linewidth": 1.2}
-        axis.errorbar([100 * rule.wanted for rule in points], mean, yerr=np.abs(spread - mean), marker="o",
-                      markersize=4, capsize=2, label=label, **style)  # fmt: skip
+        ratios, errors = [100 * rule.wanted for rule in points], np.abs(spread - mean)
+        axis.errorbar(ratios, mean, yerr=errors, marker="o", markersize=4, capsize=2, label=label, **style)
     ticks = sorted({100 * rule.wanted for (name, _), rule in rules.items() if name == "oracle"})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.0f}%" for tick in ticks])
@@ -142,13 +155,10 @@ def main(
     results: Annotated[list[Path], typer.Argument(help="Files of one kind and split; one a model.")],
     picture: Annotated[Path | None, typer.Option("--plot", help="Picture to write.")] = None,
     title: Annotated[str, typer.Option()] = "",
+    testbed_name: TestbedName = "digits",
 ) -> None:
     """Print Markdown tables, and draw accuracy against retention."""
     abouts, rules = read(results)
-    print(tables(abouts, rules))
+    print(tables(abouts, rules, TESTBEDS[testbed_name].subject))
     if picture is not None:
         plot(rules, title, picture)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Pictures of what the committed testbed checkpoints keep, and why they drop the rest, of held-out images.
 
-python scripts/picture_testbed.py docs/results/testbed
+python scripts/testbeds pictures docs/results/testbed
 
 Writes kept.png (tiles at several retentions), frames.png (a video) and why.png (dropped patches beside the source
 patches of their prototypes, with what the model says of those).
@@ -14,30 +14,36 @@ from typing import Annotated
 import torch
 import typer
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-import testbed
-from quickstart import OFF, build_inputs
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.building.inspection import provenance_of
+from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.explain import explain, plot_explanations
 from transformers_rbl.evaluation.plots import plot_frames, plot_retentions
 
+from .questions import examples
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "codebooks"
+
+CHECKPOINTS = Path(__file__).resolve().parents[3] / "codebooks"
+QUESTION = "which digits are there?"
 SEED = 5  # of the examples; none of the tables has it
 
 
-def load(name: str):
+def load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     model = rbl_class(CHECKPOINTS / name).from_pretrained(CHECKPOINTS / name, dtype=torch.float32).eval()
     return model, AutoProcessor.from_pretrained(CHECKPOINTS / name)
+
+
+def build_inputs(processor: ProcessorMixin, image: Image.Image) -> BatchFeature:
+    return processor(images=image, text=prompt_text(processor, QUESTION, 1), return_tensors="pt")
 
 
 @torch.no_grad()
 def picture_tiles(path: Path) -> None:
     model, processor = load("digits-llava-next")
-    images = [each.pictures()[0] for each in testbed.examples("llava_next", "image", "test", 2, SEED, (2, 1))]
-    prepared = [build_inputs(processor, image, "which digits are there?", model.device) for image in images]
+    images = [each.pictures()[0] for each in examples("llava_next", "image", "test", 2, SEED, (2, 1))]
+    prepared = [build_inputs(processor, image) for image in images]
     kinds = [model.model.token_kinds(**inputs)[0] for inputs in prepared]
     ratios = (0.33, 0.15, 0.05)
     masks = [
@@ -49,7 +55,7 @@ def picture_tiles(path: Path) -> None:
 @torch.no_grad()
 def picture_frames(path: Path) -> None:
     model, processor = load("digits-llava-onevision")
-    frames = next(testbed.examples("llava_onevision", "video", "test", 1, SEED)).pictures()
+    frames = next(examples("llava_onevision", "video", "test", 1, SEED)).pictures()
     inputs = processor(videos=[frames], text=["<video> which digits are there in order?"], return_tensors="pt")
     ratios = (0.5, 0.25, 0.125)
     masks = [model(**inputs, pruning=PruningConfig(keep_ratio=ratio)).video_keep_masks[0] for ratio in ratios]
@@ -60,9 +66,11 @@ def picture_frames(path: Path) -> None:
 def picture_reasons(path: Path) -> None:
     name = "digits-llava-1.5"  # no tiles: every token is one patch of the image
     model, processor = load(name)
-    image = next(testbed.examples("llava", "image", "test", 1, SEED)).pictures()[0]
-    inputs = build_inputs(processor, image, "which digits are there?", model.device)
-    tokens = model.get_image_features(pixel_values=inputs.pixel_values, pruning=OFF, return_dict=True).pooler_output[0]
+    image = next(examples("llava", "image", "test", 1, SEED)).pictures()[0]
+    inputs = build_inputs(processor, image)
+    tokens = model.get_image_features(
+        pixel_values=inputs.pixel_values, pruning=PruningConfig(enabled=False), return_dict=True
+    ).pooler_output[0]
     kept = model(**inputs).keep_masks[0]
     folder = CHECKPOINTS / name
     reasons = explain(model.codebook, tokens, provenance_of(folder))
@@ -77,7 +85,3 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")])
     picture_tiles(folder / "kept.png")
     picture_frames(folder / "frames.png")
     picture_reasons(folder / "why.png")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,17 @@
+"""Every command of the testbeds, by name."""
+
+import typer
+
+from . import assembling, comparison, files, recipes, report, training
+from .digits import pictures
+
+
+app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
+app.command("images")(files.write_images)
+app.command("questions")(files.write_questions)
+app.command("train")(training.main)
+app.command("compare-rules")(comparison.main)
+app.command("compare-recipes")(recipes.main)
+app.command("report")(report.main)
+app.command("assemble")(assembling.main)
+app.command("pictures")(pictures.main)

@@ -1,0 +1,104 @@
+"""Rules that say which visual tokens stay, of a testbed's encoded examples.
+
+Beside the rules that the library has, some that it does not offer: the vision tower's [cls] attention, token norms, an
+oracle that knows where what is asked about lies, and codebooks of tokens that were not selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.pruning import select_tokens
+
+from .encoding import Encoded
+
+
+RETENTIONS = (0.5, 0.33, 0.22, 0.15, 0.1, 0.05)
+
+Choose = Callable[[Encoded], torch.Tensor]  # an example's keep mask, `(n,)` bool
+
+
+def keep_all(encoded: Encoded) -> torch.Tensor:
+    return torch.ones(len(encoded.tokens), dtype=torch.bool)
+
+
+def keep_none(encoded: Encoded) -> torch.Tensor:
+    return torch.zeros(len(encoded.tokens), dtype=torch.bool)
+
+
+def library_rule(rule: PruningConfig, book: RedundancyCodebook | None) -> Choose:
+    """A rule of the library, by its own code."""
+
+    def choose(encoded: Encoded) -> torch.Tensor:
+        def part(rows: torch.Tensor, group: int) -> torch.Tensor:
+            similarity = None if encoded.cls_similarity is None else encoded.cls_similarity[rows]
+            return keep_mask(encoded.tokens[rows], rule, book, similarity, group)
+
+        return encoded.kept(part)
+
+    return choose
+
+
+def scored_rule(score: Callable[[Encoded], torch.Tensor], ratio: float) -> Choose:
+    """Keeps the tokens of lowest `score(encoded)` `(n,)`."""
+
+    def choose(encoded: Encoded) -> torch.Tensor:
+        values, rule = score(encoded), PruningConfig(keep_ratio=ratio)
+        return encoded.kept(lambda rows, group: select_tokens(values[rows], rule))
+
+    return choose
+
+
+def oracle(encoded: Encoded) -> torch.Tensor:
+    """Tokens that show what questions ask about first, those with more of it before others; ties by chance."""
+    noise = torch.rand(len(encoded.tokens), generator=torch.Generator().manual_seed(0))
+    return -encoded.subject + 0.01 * noise
+
+
+def unselected_codebooks(
+    train: Sequence[Encoded], count: int, subject: str, seed: int = 0
+) -> dict[str, RedundancyCodebook]:
+    """Codebooks of `count` tokens that no experiment chose: drawn from all training tokens, or from those that show
+    what questions ask about (the `subject`)."""
+    tokens = torch.cat([encoded.tokens[encoded.group >= 0] for encoded in train])
+    shares = torch.cat([encoded.subject[encoded.group >= 0] for encoded in train])
+    generator = torch.Generator().manual_seed(seed)
+    books = {}
+    for name, pool in (("random tokens", tokens), (f"{subject} tokens", tokens[shares >= 0.5])):
+        rows = torch.randperm(len(pool), generator=generator)[:count]
+        books[name] = RedundancyCodebook(pool[rows])
+    return books
+
+
+def rules_of(
+    books: dict[str, RedundancyCodebook],
+    first: Encoded,
+    thresholds: Sequence[float],
+    train: Sequence[Encoded],
+    subject: str,
+) -> list[tuple[str, float, Choose]]:
+    """`(name, retention wanted, choose)` of every rule; the first book is the one that the library would use."""
+    main = next(iter(books.values()))
+    everything = {**books, **unselected_codebooks(train, len(main.prototypes), subject)}
+    rules = []
+    for ratio in RETENTIONS:
+        for name, book in everything.items():
+            rules.append((f"codebook: {name}", ratio, library_rule(PruningConfig(keep_ratio=ratio), book)))
+        double = PruningConfig(keep_ratio=ratio, score="double_softmax")
+        rules.append(("codebook, double softmax", ratio, library_rule(double, main)))
+        scores = ["random", "diversity"]
+        if first.cls_similarity is not None:
+            scores += ["cls_similarity_high", "cls_similarity_low"]
+        for score in scores:
+            rules.append((score, ratio, library_rule(PruningConfig(keep_ratio=ratio, score=score), None)))
+        if first.cls_attention is not None:
+            rules.append(("cls_attention", ratio, scored_rule(lambda encoded: -encoded.cls_attention, ratio)))
+        rules.append(("token norm", ratio, scored_rule(lambda encoded: -encoded.tokens.norm(dim=-1), ratio)))
+        rules.append(("oracle", ratio, scored_rule(oracle, ratio)))
+    for value in thresholds:
+        rules.append(("codebook, threshold", value, library_rule(PruningConfig(threshold=value), main)))
+    return rules

@@ -1,0 +1,116 @@
+"""An example's visual tokens: inputs without the processor's loops, where each token lies, and what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .testbed import Example
+
+
+POOLED = 2  # LLaVA-OneVision pools a video's tokens over so many patches a side
+
+
+def family_of(config: PretrainedConfig) -> str:
+    return config.model_type.removesuffix("_rbl")
+
+
+def vision_side(config: PretrainedConfig) -> int:
+    """Patches along one side of a tile."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def normalise(images: np.ndarray) -> torch.Tensor:
+    """Pixel values of images `(n, height, width, 3)` uint8, as the image processors make them."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
+
+
+def visual_inputs(config: PretrainedConfig, batch: Sequence[Example]) -> dict:
+    """What the family's processor returns for the images of a batch of one size, without its loops."""
+    family = family_of(config)
+    images = np.stack([image for example in batch for image in example.images])
+    height, width = images.shape[1:3]
+    if batch[0].video:
+        return {"pixel_values_videos": normalise(images).unflatten(0, (len(batch), -1))}
+    if family == "llava":
+        return {"pixel_values": normalise(images)}
+    sizes = torch.tensor([[height, width]] * len(images))
+    if family == "llava_onevision":
+        counts = [len(example.images) for example in batch]
+        return {"pixel_values": normalise(images)[:, None], "image_sizes": sizes, "batch_num_images": counts}
+    side = config.vision_config.image_size
+    base = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    for shape in ((height, side), (side, side)):  # one axis after the other, in whole levels: as PIL does
+        base = F.interpolate(base, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
+    tiles = torch.from_numpy(images).unflatten(1, (-1, side)).unflatten(3, (-1, side))
+    tiles = tiles.permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
+    pixels = torch.cat([base.permute(0, 2, 3, 1).to(torch.uint8)[:, None], tiles], 1)
+    values = normalise(pixels.flatten(0, 1).numpy())
+    return {"pixel_values": values.unflatten(0, pixels.shape[:2]), "image_sizes": sizes}
+
+
+def encode(model: PreTrainedModel, batch: Sequence[Example]) -> list[list[torch.Tensor]]:
+    """Visual tokens `(n, d)` of each example's images, or of its video, by the stock model's own code."""
+    inputs = visual_inputs(model.config, batch)
+    if batch[0].video:
+        return [[video] for video in model.model.get_video_features(**inputs, return_dict=True).pooler_output]
+    features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    count = len(batch[0].images)
+    return [list(features[i : i + count]) for i in range(0, len(features), count)]
+
+
+def token_centres(config: PretrainedConfig, example: Example) -> torch.Tensor:
+    """`(n, 2)`: row and column, in the image's patches, of each visual token's centre; NaN where it has none."""
+    rows, columns = example.labels[0].shape
+    family, side = family_of(config), vision_side(config)
+    if family == "llava":
+        return grid_centres(rows, columns, side, side)
+    if family == "llava_next":
+        ends = torch.cat([grid_centres(rows, 1, rows, 1), torch.full((rows, 1), torch.nan)], 1)[:, [0, 2]]
+        tiles = grid_centres(rows, columns, rows, columns).view(rows, columns, 2)
+        tiles = torch.cat([tiles, ends[:, None]], 1).flatten(0, 1)
+        return torch.cat([grid_centres(rows, columns, side, side), tiles])
+    end = torch.full((1, 2), torch.nan)
+    if example.video:
+        return torch.cat([grid_centres(rows, columns, (side + 1) // 2, (side + 1) // 2)] * len(example.images) + [end])
+    return torch.cat([torch.cat([grid_centres(rows, columns, side, side), end])] * len(example.images))
+
+
+def grid_centres(height: float, width: float, rows: int, columns: int) -> torch.Tensor:
+    y, x = (torch.arange(rows) + 0.5) * height / rows, (torch.arange(columns) + 0.5) * width / columns
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+
+
+def subject_shares(config: PretrainedConfig, example: Example) -> torch.Tensor:
+    """`(n,)`: share of each visual token's patches that show what questions ask about, 0 for row ends. A token of a
+    base image or of a pooled frame covers several."""
+    shown = [torch.from_numpy(subject).float()[None] for subject in example.subjects()]
+    family, side = family_of(config), vision_side(config)
+    if family == "llava":
+        return shown[0].flatten()
+    if family == "llava_next":
+        return torch.cat([F.adaptive_avg_pool2d(shown[0], side).flatten(), F.pad(shown[0], (0, 1)).flatten()])
+    if example.video:
+        return torch.cat([F.avg_pool2d(subject, POOLED).flatten() for subject in shown] + [torch.zeros(1)])
+    return torch.cat([F.pad(subject.flatten(), (0, 1)) for subject in shown])
+
+
+def window_mask(
+    random: np.random.Generator, centres: torch.Tensor, shares: torch.Tensor, example: Example
+) -> torch.Tensor:
+    """Which tokens lie in the example's window, every other time without some of those that show nothing
+    that questions ask about. Row ends stay."""
+    top, left, height, width = example.window
+    low, high = torch.tensor([top, left]), torch.tensor([top + height, left + width])
+    mask = ~((centres < low) | (centres >= high)).any(1)
+    if random.random() < 0.5:
+        gaps = torch.from_numpy(random.random(len(mask)) < random.random())
+        mask &= ~gaps | (shares > 0) | centres.isnan().any(1)
+    return mask
