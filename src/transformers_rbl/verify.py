@@ -13,6 +13,7 @@ import inspect
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -35,7 +36,7 @@ from .models.seam import CACHE_NAMES
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "FAILED", "skipped", "measured"
 OFF, ALL = PruningConfig(enabled=False), PruningConfig(keep_ratio=1.0)
 NEW_TOKENS = 4
-ROUNDS = 3  # of the timing
+LEAST_ROUNDS, MOST_ROUNDS, TIMING_SECONDS = 3, 25, 1.0  # small models are timed more often: they need it
 RANDOM_PROTOTYPES = 8
 # Of the largest logit. The same sums in another order differ by this much at most over the depth of a large model.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -563,13 +564,15 @@ def prefill_time(subject: Subject) -> str:
     except Skipped:
         pass  # its own line says why
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
+    rounds, began = 0, time.perf_counter()
+    while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - began < TIMING_SECONDS):
+        rounds += 1
         for name, prefill in contenders.items():
             seconds[name].append(prefill()[0])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [f"{name} / stock {medians[name] / medians['stock']:.2f}" for name in contenders if name != "stock"]
     length = subject.prompt["input_ids"].shape[1]
-    return f"stock {medians['stock']:.3f} s for {length} tokens; {'; '.join(ratios)} (medians of {ROUNDS})"
+    return f"stock {medians['stock']:.3f} s for {length} tokens; {'; '.join(ratios)} (medians of {rounds})"
 
 
 LOADS = "The checkpoint loads completely"
@@ -642,7 +645,7 @@ def codebook_of_picture(model: Any, processor: Any, image: Image.Image) -> Redun
 
 def cosines(codebook: RedundancyCodebook, tokens: torch.Tensor) -> torch.Tensor:
     """`(L,)` float64: each token's largest cosine with a prototype, independently of the library's own scorer."""
-    prototypes = torch.nn.functional.normalize(codebook.prototypes.to(tokens.device).double(), dim=-1)
+    prototypes = torch.nn.functional.normalize(codebook.get_buffer("prototypes").to(tokens.device).double(), dim=-1)
     return (torch.nn.functional.normalize(tokens.double(), dim=-1) @ prototypes.T).amax(-1)
 
 
