@@ -13,8 +13,9 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from conftest import make_family
-from transformers_rbl import PruningConfig, RedundancyCodebook, demo
+from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.cli import app
+from transformers_rbl.demo import loading
 from transformers_rbl.models.seam import CACHE_NAMES
 from transformers_rbl.verify import (
     ALL,
@@ -294,7 +295,7 @@ def test_without_a_checkout_it_asks_for_a_model(monkeypatch):
     def missing():
         raise ValueError("not here")
 
-    monkeypatch.setattr(demo, "default_model", missing)
+    monkeypatch.setattr(loading, "default_model", missing)
     result = rbl()
     assert result.exit_code == 2 and "give MODEL" in result.stderr
 

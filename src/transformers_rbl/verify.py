@@ -30,7 +30,7 @@ from .evaluation.timing import timed_prefill
 from .models.auto_rbl import rbl_class
 from .models.codebook import RedundancyCodebook
 from .models.pruning import PruningConfig, kept_token_count
-from .models.seam import CACHE_NAMES
+from .models.seam import CACHE_NAMES, cache_of
 
 
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "FAILED", "skipped", "measured"
@@ -647,11 +647,6 @@ def cosines(codebook: RedundancyCodebook, tokens: torch.Tensor) -> torch.Tensor:
     """`(L,)` float64: each token's largest cosine with a prototype, independently of the library's own scorer."""
     prototypes = torch.nn.functional.normalize(codebook.get_buffer("prototypes").to(tokens.device).double(), dim=-1)
     return (torch.nn.functional.normalize(tokens.double(), dim=-1) @ prototypes.T).amax(-1)
-
-
-def cache_of(output: Any) -> Any:
-    """The KV cache of an output, under whichever name it has there."""
-    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
 
 
 def drawn_picture(width: int = 448, height: int = 336) -> Image.Image:
