@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from PIL import Image
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import logging
 
@@ -308,8 +309,7 @@ def _layers(cache: Cache) -> KeysAndValues:
     """
     layers: KeysAndValues = []
     for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
-            raise ValueError("A layer of this language model caches no keys and values: it cannot be probed.")
-        layers.append((keys, values))
+        if isinstance(layer, LinearAttentionCacheLayerMixin) or layer.keys is None or layer.values is None:
+            raise ValueError("This language model caches something else than keys and values: it cannot be probed.")
+        layers.append((layer.keys, layer.values))
     return layers
