@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -495,8 +496,10 @@ def test_patches_are_cut_where_the_token_lies():
 
 
 def test_presets_are_the_folders_with_a_recipe():
-    """And the documentation names each of them."""
+    """The wheel ships each of them, and the documentation names it."""
     root = Path(__file__).parents[1]
+    included = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(included["force-include"]) == {f"codebooks/{name}" for name in presets()}
     assert sorted(presets()) == sorted(path.parent.name for path in root.glob("codebooks/*/recipe.yaml"))
     assert all(Recipe.load(name) == Recipe.load(path) for name, path in presets().items())
     text = (root / "docs" / "building.md").read_text()

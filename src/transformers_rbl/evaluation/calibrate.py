@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,16 +11,18 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from ..models.layout import NEWLINE
+from ..models.codebook import RedundancyCodebook
+from ..models.features_rbl import RBLModelMixin
+from ..models.generation_rbl import RBLGenerationMixin
+from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig, select_tokens
 from ..models.scorers import score_tokens
+from ..models.seam import TOKENS
 from .metrics import paired_ratio_interval
-from .pruned_model import PrunedModel
 from .results import RuleResult, unpruned
 
 
 OFF = PruningConfig(enabled=False)
-ENCODED = ("pixel_values", "image_sizes", "batch_num_images")  # what image processors return that models encode
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Calibration:
 
 @torch.no_grad()
 def image_scores(
-    model: PrunedModel, processor: ProcessorMixin, images: Iterable[Image.Image], score: str = "cosine"
+    model: RBLGenerationMixin, processor: ProcessorMixin, images: Iterable[Image.Image], score: str = "cosine"
 ) -> list[torch.Tensor]:
     """Scores of every image's tokens, as a threshold meets them.
 
@@ -61,39 +64,47 @@ def image_scores(
         `list[torch.FloatTensor]`: per image `(L,)`, row ends left out.
 
     Raises:
-        ValueError: for a score without a threshold to calibrate, or that needs a codebook which the model lacks.
+        ValueError: for a score that has no threshold to find, or that needs a codebook or [cls] token which is missing.
     """
-    check_calibrated(score)
-    codebook, needs_codebook = model.codebook, PruningConfig(threshold=0, score=score).needs_codebook
-    if needs_codebook and codebook is None:
-        raise ValueError(f"score={score!r} compares tokens with a codebook, and this model has none: give codebook=.")
+    rule = PruningConfig(threshold=0, score=score)
+    headless = model.model
+    _check_scored(headless, rule)
+    names = inspect.signature(headless.get_image_features).parameters
     scores = []
     for image in images:
         processed = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
-        visual = {name: processed[name] for name in ENCODED if name in processed}
-        tokens = model.get_image_features(**visual, pruning=OFF, return_dict=True)["pooler_output"][0]
-        kinds = model.model.token_kinds(**visual)[0].to(tokens.device)
-        scored = tokens[kinds != NEWLINE]
-        if codebook is not None and needs_codebook:
-            scores.append(codebook.score(scored, score).cpu())
-        else:
-            scores.append(score_tokens(score, tokens=scored).cpu())
+        arguments = {name: processed[name] for name in names if name in processed}
+        outputs = headless.get_image_features(**arguments, pruning=OFF, return_dict=True)
+        entries = headless.family.split(headless.config, list(outputs[TOKENS]))
+        layouts = headless.layouts(**arguments) or [VisualLayout.of_patches(len(tokens)) for tokens in entries]
+        similarities: list[torch.Tensor | None] = [None] * len(entries)
+        if rule.needs_cls_similarity:
+            similarities = list(headless.family.cls_similarity(headless, "image", outputs, arguments, False))
+        parts = []
+        for tokens, layout, similarity in zip(entries, layouts, similarities, strict=True):
+            scored = layout.scored(rule).to(tokens.device)
+            similarity = None if similarity is None else similarity.to(tokens.device)[scored]
+            parts.append(_scores(headless.codebook, tokens[scored], rule, similarity))
+        scores.append(torch.cat(parts).cpu())
     return scores
 
 
-def check_calibrated(score: str) -> None:
-    """Whether a threshold on this score can be fitted to images.
-
-    Args:
-        score (`str`): a key of [`SCORERS`].
-
-    Raises:
-        ValueError: if not, or if there is no such score.
-    """
-    if score == "random":
+def _check_scored(headless: RBLModelMixin, rule: PruningConfig) -> None:
+    """Before any image is encoded."""
+    if rule.score == "random":
         raise ValueError("score='random' is uniform in [0, 1): the retention itself is its threshold.")
-    if PruningConfig(threshold=0, score=score).needs_cls_similarity:
-        raise ValueError(f"score={score!r} ranks the patches of one image, for a keep_ratio: calibrate another score.")
+    if rule.needs_codebook and headless.codebook is None:
+        raise ValueError(f"score={rule.score!r} compares with a codebook, and this model has none: give codebook=.")
+    if rule.needs_cls_similarity and not headless.has_cls:
+        raise ValueError(f"score={rule.score!r} needs a vision tower with a [cls] token: choose another score.")
+
+
+def _scores(
+    codebook: RedundancyCodebook | None, tokens: torch.Tensor, rule: PruningConfig, similarity: torch.Tensor | None
+) -> torch.Tensor:
+    if codebook is not None and rule.needs_codebook:
+        return codebook.score(tokens, rule.score, cls_similarity=similarity)
+    return score_tokens(rule.score, tokens=tokens, cls_similarity=similarity)
 
 
 def mean_retention(scores: Sequence[torch.Tensor], threshold: float, min_tokens: int = 1) -> float:

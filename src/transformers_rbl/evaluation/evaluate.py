@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from ..models.generation_rbl import RBLGenerationMixin
 from ..models.pruning import PruningConfig
 from ..prompts import prompt_text
 from ..wording import describe_pruning
 from .metrics import METRICS
-from .pruned_model import PrunedModel
 from .questions import Question
 from .results import RuleResult, table_rows, write_results
 from .timing import timed_prefill
@@ -27,7 +27,7 @@ TIMED_QUESTIONS = 8
 
 @torch.no_grad()
 def evaluate(
-    model: PrunedModel,
+    model: RBLGenerationMixin,
     processor: ProcessorMixin,
     questions: Iterable[Question],
     rules: Sequence[PruningConfig],

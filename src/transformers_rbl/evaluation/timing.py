@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
+from ..models.generation_rbl import RBLGenerationMixin
 from ..models.pruning import PruningConfig
 from ..models.seam import CACHE
-from .pruned_model import PrunedModel
 
 
 @torch.no_grad()
-def timed_prefill(model: PrunedModel, **inputs: Any) -> tuple[float, int, ModelOutput]:
+def timed_prefill(model: RBLGenerationMixin, **inputs: Any) -> tuple[float, int, ModelOutput]:
     """One pass over a prompt, the last logits only.
 
     Args:
@@ -35,7 +35,7 @@ def timed_prefill(model: PrunedModel, **inputs: Any) -> tuple[float, int, ModelO
 
 
 def compare_prefills(
-    model: PrunedModel, inputs: Mapping[str, Any], rules: Mapping[str, PruningConfig | None], repeats: int
+    model: RBLGenerationMixin, inputs: Mapping[str, Any], rules: Mapping[str, PruningConfig | None], repeats: int
 ) -> tuple[dict[str, float], dict[str, int], ModelOutput]:
     """Prefill under several settings in turn, so that what else the machine does meets all of them.
 
