@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,23 @@ from typer.testing import CliRunner
 from conftest import make_family
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.building.images import ImageSource
-from transformers_rbl.building.recipe import Recipe
-from transformers_rbl.building.records import Records
+from transformers_rbl.building.recipe import Recipe, presets
+from transformers_rbl.building.records import Records, check_probed_as
 from transformers_rbl.cli import app
 
 
 RECIPE = {
-    "prompt": "Name it.", "targets": {"by": "stride", "stride": 2}, "replacement": "mean", "thresholds": "quantile",
-    "max_p1": 0.7, "max_divergence": 0.8, "image_clusters": 4, "max_cluster_size": None, "prototype_clusters": 3,
+    "prompt": "Name it.",
+    "targets": {"by": "stride", "stride": 2},
+    "replacement": "mean",
+    "thresholds": "quantile",
+    "max_p1": 0.7,
+    "max_divergence": 0.8,
+    "image_clusters": 4,
+    "max_cluster_size": None,
+    "prototype_clusters": 3,
     "min_unique_images": 1,
-}  # fmt: skip
+}
 FILES = ["README.md", "codebook.json", "codebook.safetensors", "provenance.csv", "recipe.yaml", "report.md"]
 
 
@@ -123,12 +131,26 @@ def test_a_finished_build_again_changes_nothing(family, photos, recipe, built, t
 
 @pytest.mark.parametrize("budget", [1, 300])
 def test_batch_size_changes_no_selection(family, photos, recipe, built, tmp_path, budget):
-    result = run("--model", family.folder, "--images", photos, "--recipe", recipe, "--out", tmp_path / "book",
-                 "--max-tokens-per-batch", budget, "--keep-ratio", 0.3)  # fmt: skip
+    result = run(
+        "--model",
+        family.folder,
+        "--images",
+        photos,
+        "--recipe",
+        recipe,
+        "--out",
+        tmp_path / "book",
+        "--max-tokens-per-batch",
+        budget,
+        "--keep-ratio",
+        0.3,
+    )
     assert result.exit_code == 0, result.output
     assert not same_bytes(tmp_path / "book", built[0], ["codebook.safetensors"])
-    places = [[(r["image"], r["position"], r["cluster"]) for r in csv.DictReader((out / "provenance.csv").open())]
-              for out in (tmp_path / "book", built[0])]  # fmt: skip
+    places = [
+        [(r["image"], r["position"], r["cluster"]) for r in csv.DictReader((out / "provenance.csv").open())]
+        for out in (tmp_path / "book", built[0])
+    ]
     assert places[0] == places[1]
 
 
@@ -215,6 +237,13 @@ def test_selecting_again_needs_no_model(built, recipe, tmp_path):
     assert "probed with another replacement" in refused.stderr and not (tmp_path / "no").exists()
     empty = run("--from-records", built[0], "--out", tmp_path / "no", "--set", "min_unique_images=40")
     assert empty.exit_code == 2 and "No prototype is left" in empty.stderr and "lower min_unique_images" in empty.stderr
+
+
+def test_records_are_selected_from_by_recipes_that_probe_alike(built):
+    records, other = Records(built[0] / "records"), Recipe(**{**RECIPE, "max_p1": 0.1, "seed": 3, "image_clusters": 2})
+    assert check_probed_as(records, Recipe(**RECIPE)) is None and check_probed_as(records, other) is None
+    with pytest.raises(ValueError, match="probed with another prompt, replacement: only settings of the selection"):
+        check_probed_as(records, Recipe(**{**RECIPE, "prompt": "What?", "replacement": "pad"}))
 
 
 def test_unreadable_images_are_skipped_counted_and_listed(family, photos, recipe, tmp_path):
@@ -316,13 +345,13 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_is_done(
 ):
     from transformers_rbl.building import records as module
 
-    whole, count = module.write_whole, [0]
+    write_whole, count = module.write_whole, [0]
 
     def full(path, content):
         count[0] += 1
         if count[0] == 5:
             raise OSError(28, "No space left on device", str(path))
-        whole(path, content)
+        write_whole(path, content)
 
     monkeypatch.setattr(module, "write_whole", full)
     arguments = (
@@ -383,9 +412,28 @@ def test_processes_give_the_same_bytes_as_one(family, photos, recipe, tmp_path, 
     """accelerate over gloo; the same budget and one thread each."""
     arguments = ["--model", family.folder, "--images", photos, "--recipe", recipe]
     subprocess.run(command(*arguments, "--out", tmp_path / "one"), check=True, env=ENVIRONMENT, capture_output=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes,
-              "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
-              "-m", "transformers_rbl.cli", "build", *arguments, "--out", tmp_path / "many"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        processes,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        0,
+        "-m",
+        "transformers_rbl.cli",
+        "build",
+        *arguments,
+        "--out",
+        tmp_path / "many",
+    ]
     result = subprocess.run(list(map(str, launch)), env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "11 probed, 0 from records" in result.stdout
@@ -447,6 +495,17 @@ def test_patches_are_cut_where_the_token_lies():
     assert set(np.unique(np.asarray(patch(wide, 9, 4, centre=True, around=0)))) == {9}
 
 
+def test_presets_are_the_folders_with_a_recipe():
+    """The wheel ships each of them, and the documentation names it."""
+    root = Path(__file__).parents[1]
+    included = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(included["force-include"]) == {f"codebooks/{name}" for name in presets()}
+    assert sorted(presets()) == sorted(path.parent.name for path in root.glob("codebooks/*/recipe.yaml"))
+    assert all(Recipe.load(name) == Recipe.load(path) for name, path in presets().items())
+    text = (root / "docs" / "building.md").read_text()
+    assert all(f"`{name}`" in text for name in presets())
+
+
 def test_presets_hold_the_shipped_constants():
     first, second, third = (
         Recipe.load(n) for n in ("llava-1.5-7b", "llama3-llava-next-8b", "llava-onevision-qwen2-7b-ov")
@@ -460,8 +519,10 @@ def test_presets_hold_the_shipped_constants():
     assert [r.max_p1 for r in (first, second, third)] == [0.15, 0.1, 0.08]
     assert [r.max_divergence for r in (first, second, third)] == [2e-3, 2e-3, 1.8e-3]
     assert [(r.max_cluster_size, r.prototype_clusters, r.min_unique_images) for r in (first, second, third)] == [
-        (8, 64, 64), (8, 64, 64), (3, 24, 16)
-    ]  # fmt: skip
+        (8, 64, 64),
+        (8, 64, 64),
+        (3, 24, 16),
+    ]
     assert [r.pad_token_id for r in (first, second, third)] == [0, 0, 151643]
     ranks = [rank for low, high in first.targets["ranks"] for rank in range(low, high + 1)]
     assert len(ranks) == 96 == len(third.targets["positions"]) and ranks[-1] == 576

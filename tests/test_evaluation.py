@@ -13,7 +13,7 @@ from conftest import GREEDY, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.calibrate import image_scores, lowest_retention, mean_retention, threshold_for
-from transformers_rbl.evaluation.evaluate import RuleResult, evaluate, prompt_inputs, table_rows
+from transformers_rbl.evaluation.evaluate import RuleResult, evaluate, prompt_inputs, table_rows, write_results
 from transformers_rbl.evaluation.metrics import (
     bootstrap_interval,
     choice,
@@ -23,7 +23,12 @@ from transformers_rbl.evaluation.metrics import (
     paired_ratio_interval,
     yes_no,
 )
+from transformers_rbl.evaluation.plots import plot_accuracy, plot_frames, plot_kept, plot_retentions
 from transformers_rbl.evaluation.questions import Question
+from transformers_rbl.evaluation.timing import compare_prefills
+from transformers_rbl.models.layout import NEWLINE
+from transformers_rbl.models.scorers import SCORERS
+from transformers_rbl.wording import describe_pruning
 
 
 OFF = PruningConfig(enabled=False)
@@ -32,14 +37,23 @@ OFF = PruningConfig(enabled=False)
 @pytest.mark.parametrize(
     ("metric", "answer", "references", "right"),
     [
-        (exact, " cat ", ["cat"], 1), (exact, "Cat", ["cat"], 0),
-        (normalised, "The two cats.", ["2 cats"], 1), (normalised, "cats", ["dogs", "Cats!"], 1),
-        (normalised, "a", ["the"], 1), (normalised, "three", ["2"], 0),
-        (choice, "B", ["(b)"], 1), (choice, "B. a dog", ["B"], 1), (choice, "The answer is C.", ["C"], 1),
-        (choice, "A dog", ["A"], 0), (choice, "dog", ["d"], 0), (choice, "", ["A"], 0),
-        (yes_no, "Yes, it is.", ["yes"], 1), (yes_no, "no", ["yes"], 0), (yes_no, "maybe", ["no"], 0),
+        (exact, " cat ", ["cat"], 1),
+        (exact, "Cat", ["cat"], 0),
+        (normalised, "The two cats.", ["2 cats"], 1),
+        (normalised, "cats", ["dogs", "Cats!"], 1),
+        (normalised, "a", ["the"], 1),
+        (normalised, "three", ["2"], 0),
+        (choice, "B", ["(b)"], 1),
+        (choice, "B. a dog", ["B"], 1),
+        (choice, "The answer is C.", ["C"], 1),
+        (choice, "A dog", ["A"], 0),
+        (choice, "dog", ["d"], 0),
+        (choice, "", ["A"], 0),
+        (yes_no, "Yes, it is.", ["yes"], 1),
+        (yes_no, "no", ["yes"], 0),
+        (yes_no, "maybe", ["no"], 0),
     ],
-)  # fmt: skip
+)
 def test_metrics(metric, answer, references, right):
     assert metric(answer, references) == right
 
@@ -144,14 +158,83 @@ def test_a_threshold_for_a_retention_is_checked_on_other_images():
         threshold_for(scores[:1], 0.5)
 
 
-def test_scores_of_images_are_those_that_pruning_uses(family, pruned):
+@pytest.mark.parametrize("score", sorted({*SCORERS} - {"random"}))
+def test_scores_of_images_are_those_that_pruning_uses(family, pruned, score):
     images = family.images(3)
-    for values, image in zip(image_scores(pruned, family.processor, images), images):
+    if score.startswith("cls_similarity") and family.name == "llava_onevision":
+        pytest.skip("SigLIP has no [cls]")
+    for values, image in zip(image_scores(pruned, family.processor, images, score), images):
         one = family.inputs(["<s> <image>"], [image])
         cut = float(values.sort().values[len(values) // 2])
-        kept = pruned(**one, pruning=PruningConfig(threshold=cut)).keep_masks[0]
+        kept = pruned(**one, pruning=PruningConfig(threshold=cut, score=score)).keep_masks[0]
         kinds = pruned.model.token_kinds(**visual(one))[0]
-        assert torch.equal(kept[kinds != 2], values < cut)
+        assert torch.equal(kept[kinds != NEWLINE], values < cut)
+
+
+def test_a_score_that_cannot_be_calibrated_is_refused_before_the_model_runs(family, pruned):
+    def refused(model, score, words):
+        opened = []
+        images = (opened.append(image) or image for image in family.images(2))
+        with pytest.raises(ValueError, match=words):
+            image_scores(model, family.processor, images, score)
+        assert not opened
+
+    bare = family.rbl_class.from_pretrained(family.folder).eval()
+    refused(pruned, "random", "the retention itself is its threshold")
+    refused(pruned, "luck", "score must be one of")
+    refused(bare, "softmax", "this model has none: give codebook=")
+    if family.name == "llava_onevision":
+        refused(pruned, "cls_similarity_high", "needs a vision tower with a \\[cls\\] token")
+    scores = [image_scores(model, family.processor, family.images(2), "diversity") for model in (bare, pruned)]
+    assert all(map(torch.equal, *scores))
+
+
+def test_nothing_to_look_at_gets_a_sentence(family, pruned, tmp_path):
+    def ask(question):
+        return evaluate(pruned, family.processor, [question], [], ["yes_no"])
+
+    base, picture, mask = result("unpruned", 1.0, [1]), tmp_path / "picture.png", torch.ones(5, dtype=torch.bool)
+    for empty, words in (
+        (lambda: evaluate(pruned, family.processor, [], [], ["exact"]), "no questions to ask"),
+        (lambda: ask(Question([], "What?", ["x"])), "comes with no image"),
+        (lambda: ask(Question(family.images(1), "What?", [])), "has no answer"),
+        (lambda: threshold_for(image_scores(pruned, family.processor, []), 0.5), "two images at least"),
+        (lambda: mean_retention([], 0.5), "no images"),
+        (lambda: lowest_retention([], 0.5, "exact"), "no results"),
+        (lambda: table_rows([], []), "no results"),
+        (lambda: write_results(tmp_path / "none", [], [], {}), "no results"),
+        (lambda: plot_accuracy([], picture), "no results"),
+        (lambda: plot_kept([], [], [], picture), "no images to draw"),
+        (lambda: plot_retentions([], [[]], [], ["all"], picture), "no images to draw"),
+        (lambda: plot_frames([], [mask], ["all"], picture), "no frames to draw"),
+        (lambda: bootstrap_interval(np.array([])), "no values"),
+        (lambda: paired_ratio_interval(np.array([]), np.array([])), "no values"),
+        (lambda: compare_prefills(pruned, {}, {}, 1), "one setting"),
+        (lambda: compare_prefills(pruned, {}, {"stock": OFF}, 0), "one repeat"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            empty()
+        assert str(error.value).count(".") == 1
+    assert list(tmp_path.iterdir()) == [] and lowest_retention([base], 0.5, "exact") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep_ratio": 0.3}, "cosine, keep_ratio 0.3"),
+        ({"threshold": 0.5, "score": "softmax"}, "softmax, threshold 0.5"),
+        ({"keep_ratio": 0.3, "tiles": "base", "newlines": "last"}, "cosine, keep_ratio 0.3, newlines last, tiles base"),
+        ({"keep_ratio": 0.3, "score": "random", "seed": 4}, "random, keep_ratio 0.3, seed 4"),
+        (
+            {"threshold": 0.5, "min_tokens": 8, "per_frame": False},
+            "cosine, threshold 0.5, min_tokens 8, per_frame False",
+        ),
+        ({"keep_ratio": 0.3, "enabled": False}, "unpruned"),
+    ],
+)
+def test_a_setting_in_words_tells_whatever_is_not_default(settings, words):
+    assert describe_pruning(PruningConfig(**settings)) == words
+    assert describe_pruning(None) == "unpruned"
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +261,13 @@ def test_the_evaluate_command(family, files, tmp_path):
     assert output.exit_code == 0, output.output
     found = json.loads((tmp_path / "results.json").read_text())
     assert [entry["name"] for entry in found["results"]] == [
-        "unpruned", "cosine, keep_ratio 0.5", "cosine, keep_ratio 0.2", "random, keep_ratio 0.5",
-        "random, keep_ratio 0.2", "cosine, threshold 0.3",
-    ]  # fmt: skip
+        "unpruned",
+        "cosine, keep_ratio 0.5",
+        "cosine, keep_ratio 0.2",
+        "random, keep_ratio 0.5",
+        "random, keep_ratio 0.2",
+        "cosine, threshold 0.3",
+    ]
     assert found["about"]["questions"] == 6 and len(found["results"][1]["answers"]) == 6
     report = (tmp_path / "results.md").read_text()
     assert report.count("\n| ") == 8 and "yes F1" in report and "[" in report

@@ -4,12 +4,18 @@ import math
 
 import pytest
 import torch
+from transformers import AutoProcessor
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.utils import logging
 
 import tiny_checkpoint
 from conftest import make_family
 from transformers_rbl.building.measures import answer_confidence, answer_divergence, neighbourhoods
 from transformers_rbl.building.probing import RECOMPUTED, Prober, article_tokens, base_pixels, split_prompt
 from transformers_rbl.building.recipe import Recipe
+from transformers_rbl.evaluation.evaluate import prompt_text
+from transformers_rbl.models.seam import CACHE
+from transformers_rbl.prompts import chat_prompt
 
 
 ALL = {"by": "all"}
@@ -82,11 +88,19 @@ class Literal:
                 left = [tokens[i] for i in around if i != position]
             else:
                 left = [self.without(tokens, {position})[i] for i in around]
-            pairs = {"local": (self.answer(patch), self.answer(left)),
-                     "global": (whole, self.answer(self.without(tokens, set(around))))}  # fmt: skip
+            pairs = {
+                "local": (self.answer(patch), self.answer(left)),
+                "global": (whole, self.answer(self.without(tokens, set(around)))),
+            }
             top = sorted(range(len(alone)), key=lambda i: -alone[i])[:3]
-            yield p1, {name: {kind: divergence(*pair, kind) for kind in ("upstream", "jensen_shannon")}
-                       for name, pair in pairs.items()}, top  # fmt: skip
+            yield (
+                p1,
+                {
+                    name: {kind: divergence(*pair, kind) for kind in ("upstream", "jensen_shannon")}
+                    for name, pair in pairs.items()
+                },
+                top,
+            )
 
 
 def prober(family, recipe, articles=(), budget=8192, **kwargs):
@@ -146,8 +160,11 @@ def test_towers_without_cls_need_other_targets(tmp_path):
     with pytest.raises(ValueError, match="probes position 99, but an image has 16 tokens"):
         prober(family, Recipe(targets={"by": "positions", "positions": [99]})).probe("photo", pixels, str)
     assert prober(family, Recipe(targets={"by": "stride", "stride": 5})).probe("p", pixels, str).positions.tolist() == [
-        0, 5, 10, 15
-    ]  # fmt: skip
+        0,
+        5,
+        10,
+        15,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -157,28 +174,58 @@ def test_low_precision_runs(family, dtype):
     assert probe.tokens.dtype == dtype and probe.p1.dtype == torch.float32 and probe.p1.isfinite().all()
 
 
-def test_memory_that_runs_out_halves_the_budget(family, caplog, monkeypatch):
+def test_memory_that_runs_out_halves_the_budget(family, caplog):
     recipe = Recipe(targets=ALL)
     pixels = base_pixels(family.processor, family.images(1)[0])
     expected = prober(family, recipe).probe("photo", pixels, str)
-    small, forward = prober(family, recipe), Prober._forward
+    small = prober(family, recipe)
 
-    def limited(self, embeds, past):
-        if len(embeds) > 3:
+    def limited(module, args, kwargs):
+        if len(kwargs["inputs_embeds"]) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(self, embeds, past)
 
-    monkeypatch.setattr(Prober, "_forward", limited)
-    import transformers
+    def broken(module, args):
+        raise RuntimeError("broken")
 
-    transformers.utils.logging.enable_propagation()
+    small.language_model.register_forward_pre_hook(limited, with_kwargs=True)
+    logging.enable_propagation()
     probe = small.probe("photo", pixels, str)
-    transformers.utils.logging.disable_propagation()
+    logging.disable_propagation()
     torch.testing.assert_close(probe.p1, expected.p1, atol=1e-5, rtol=0)
     assert small.budget < 8192 and "max_tokens_per_batch" in caplog.text
-    monkeypatch.setattr(Prober, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    small.language_model.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="broken"):
         small.probe("photo", pixels, str)
+
+
+def test_a_language_model_that_caches_something_else_cannot_be_probed(family):
+    """Linear attention keeps a state in place of keys and values."""
+    model = family.stock()
+
+    def with_state(module, args, output):
+        output[CACHE].layers[-1] = LinearAttentionLayer()
+
+    model.model.language_model.register_forward_hook(with_state)
+    with pytest.raises(ValueError, match="caches something else than keys and values"):
+        Prober(model, [5, 6], [7], Recipe(targets=ALL))
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_probing_asks_as_evaluation_does(family, template):
+    """One function makes every chat prompt."""
+    processor = AutoProcessor.from_pretrained(family.folder)
+    if not template:
+        processor.chat_template = None
+    prefix, suffix = split_prompt(processor, "Name it.")
+    text = prompt_text(processor, "Name it.", 1)
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert processor.tokenizer(text)["input_ids"] == [*prefix, image, *suffix] and suffix
+    assert (text == f"{processor.image_token}\nName it.") is not template
+    content = [{"type": "video"}, {"type": "text", "text": "And this?"}, {"type": "image"}]
+    if not template and hasattr(processor, "video_token"):
+        assert chat_prompt(processor, content) == f"{processor.video_token}\nAnd this?\n{processor.image_token}"
+    with pytest.raises(ValueError, match="puts 2 image tokens"):
+        split_prompt(processor, f"Name {processor.image_token} it.")
 
 
 def test_what_two_inputs_share_is_computed_once(family):
@@ -194,8 +241,10 @@ def test_what_two_inputs_share_is_computed_once(family):
         counts["tokens"] += kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1]
 
     headless = prober_.headless
-    hooks = [headless.vision_tower.register_forward_pre_hook(tower, with_kwargs=True),
-             headless.language_model.register_forward_pre_hook(language, with_kwargs=True)]  # fmt: skip
+    hooks = [
+        headless.vision_tower.register_forward_pre_hook(tower, with_kwargs=True),
+        headless.language_model.register_forward_pre_hook(language, with_kwargs=True),
+    ]
     prober_.probe("photo", base_pixels(family.processor, family.images(1)[0]), str)
     for hook in hooks:
         hook.remove()

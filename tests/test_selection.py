@@ -71,12 +71,17 @@ def probes(images=6, tokens=20, width=8, seed=0):
         kind = torch.randint(0, 4, (tokens,), generator=random)
         values = [torch.rand(tokens, generator=random) for _ in range(5)]
         noise = 0.3 * torch.randn(tokens, width, generator=random)
-        made.append(Probe(
-            image=f"image {number}", positions=torch.arange(tokens) * 2, tokens=centres[kind] + noise, p1=values[0],
-            local={"upstream": values[1] * 1e-3, "jensen_shannon": values[2] * 1e-2},
-            globally={"upstream": values[3] * 1e-4, "jensen_shannon": values[4] * 1e-3},
-            words=[[f"w{i}", "x", "y"] for i in range(tokens)],
-        ))  # fmt: skip
+        made.append(
+            Probe(
+                image=f"image {number}",
+                positions=torch.arange(tokens) * 2,
+                tokens=centres[kind] + noise,
+                p1=values[0],
+                local={"upstream": values[1] * 1e-3, "jensen_shannon": values[2] * 1e-2},
+                globally={"upstream": values[3] * 1e-4, "jensen_shannon": values[4] * 1e-3},
+                words=[[f"w{i}", "x", "y"] for i in range(tokens)],
+            )
+        )
     return made
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..hub.cards import codebook_card
 from ..models.codebook import RedundancyCodebook
 from .images import ImageSource
-from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt
+from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt, tokenizer_of
+from .processes import Processes
+from .provenance import PROVENANCE_NAME, provenance_table
 from .recipe import Recipe
 from .records import Records, write_whole
 from .report import write_report
-from .selection import Probe, Selection, divergence, prototypes, select_prototypes
-
-
-PROVENANCE_NAME = "provenance.csv"
+from .selection import Probe, Selection, prototypes, select_prototypes
 
 
 @dataclass
@@ -42,51 +40,17 @@ class Probed:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Processes:
-    """This process among those that `accelerate launch` started; alone without it."""
-
-    def __init__(self):
-        self.index, self.count, self._state = 0, 1, None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise ValueError("Several processes need accelerate: pip install transformers_rbl[build].") from error
-            # A process that is done waits for the slowest one, which may take hours.
-            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-            self.index, self.count = self._state.process_index, self._state.num_processes
-
-    @property
-    def device(self) -> str:
-        if self._state is not None:
-            return str(self._state.device)
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    def wait(self) -> None:
-        if self._state is not None:
-            self._state.wait_for_everyone()
-
-    def gather(self, items: list) -> list:
-        """All processes' lists, in the order of processes."""
-        if self._state is None:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
-
-    def end(self) -> None:
-        if self._state is not None:
-            self._state.destroy_process_group()
-
-
 def held_out(count: int, recipe: Recipe) -> set[int]:
     """Which of `count` images are kept from probing: evenly spread, at most a tenth."""
     wanted = min(recipe.held_out_images, count // 10)
     return {(k + 1) * count // (wanted + 1) for k in range(wanted)}
 
 
-def describe_run(model, image_processor, model_name: str, recipe: Recipe, images: ImageSource) -> dict:
+def describe_run(
+    model: PreTrainedModel, processor: ProcessorMixin, model_name: str, recipe: Recipe, images: ImageSource
+) -> dict[str, Any]:
     """What records are bound to: another recipe, model or image list must not share them."""
+    image_processor = processor.image_processor
     vision = model.config.vision_config
     # What part of a photo the base image shows: LLaVA-1.5's processor crops it, those with tiles squeeze it.
     crops = not hasattr(model.config, "image_grid_pinpoints") and getattr(image_processor, "do_center_crop", False)
@@ -105,9 +69,16 @@ def describe_run(model, image_processor, model_name: str, recipe: Recipe, images
 
 
 def probe_images(
-    model, processor, model_name: str, images: ImageSource, recipe: Recipe, folder: Path,
-    max_tokens_per_batch: int = 8192, processes: Processes | None = None, progress: bool = True,
-) -> Probed:  # fmt: skip
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    model_name: str,
+    images: ImageSource,
+    recipe: Recipe,
+    folder: Path,
+    max_tokens_per_batch: int = 8192,
+    processes: Processes | None = None,
+    progress: bool = True,
+) -> Probed:
     """Probe this process's share of the images that have no sound record yet, and write their records.
 
     Args:
@@ -127,50 +98,61 @@ def probe_images(
     if not is_supported(model):
         raise ValueError(f"{type(model).__name__} is no LLaVA, LLaVA-NeXT or LLaVA-OneVision model.")
     processes = processes or Processes()
-    records = Records(folder, describe_run(model, processor.image_processor, model_name, recipe, images))
+    records = Records(folder, describe_run(model, processor, model_name, recipe, images))
     if processes.index == 0:
         records.begin()
     processes.wait()
     prefix, suffix = split_prompt(processor, recipe.prompt)
-    articles = article_tokens(processor.tokenizer) if recipe.skip_articles else []
+    tokenizer = tokenizer_of(processor)
+    articles = article_tokens(tokenizer) if recipe.skip_articles else []
     prober = Prober(model, prefix, suffix, recipe, articles, max_tokens_per_batch)
 
-    aside = held_out(len(images), recipe)
+    unprobed = held_out(len(images), recipe)
     mine = range(processes.index, len(images), processes.count)
     todo = [index for index in mine if records.read(index) is None]
-    result, skipped = Probed(known=len(mine) - len(todo)), []
+    result = Probed(known=len(mine) - len(todo))
+    skipped: list[tuple[int, str, str]] = []
     quiet = not progress or processes.index > 0
     with tqdm(total=len(mine), initial=result.known, unit="image", disable=quiet) as bar:
         for index, name, image in images.items(todo):
             if isinstance(image, Exception):
                 skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
-            elif index in aside:
+            elif index in unprobed:
                 tokens, _ = prober.encode(base_pixels(processor, image))
                 records.write_held_out(index, name, tokens)
             else:
-                records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(processor.tokenizer)))
+                records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(tokenizer)))
                 result.new += 1
             bar.update()
-    everyone = processes.gather([(result.new, result.known, skipped)])
-    result.new, result.known = sum(new for new, _, _ in everyone), sum(known for _, known, _ in everyone)
-    result.skipped = [(name, why) for _, name, why in sorted(item for *_, items in everyone for item in items)]
+    shares = processes.gather([(result.new, result.known, skipped)])
+    result.new, result.known = sum(new for new, _, _ in shares), sum(known for _, known, _ in shares)
+    result.skipped = [(name, why) for _, name, why in sorted(item for _, _, items in shares for item in items)]
     processes.wait()
     return result
 
 
 def read_records(records: Records) -> tuple[list[Probe], list[tuple[str, torch.Tensor]]]:
-    """Every probe, and every held-out image's name and tokens, in the order of images."""
-    found = [records.read(index) for index in range(records.run["images"]["count"])]
-    probes = [item for item in found if isinstance(item, Probe)]
+    """Every probe, and every held-out image's name and tokens, in the order of images.
+
+    Raises:
+        ValueError: if there is no sound record of a probed image.
+    """
+    read = [records.read(index) for index in range(records.run["images"]["count"])]
+    probes = [record for record in read if isinstance(record, Probe)]
     if not probes:
         raise ValueError(f"{records.folder} holds no sound record of a probed image.")
-    return probes, [item for item in found if isinstance(item, tuple)]
+    return probes, [record for record in read if isinstance(record, tuple)]
 
 
 def build_codebook(
-    records: Records, recipe: Recipe, out: Path, base_model: str | None = None, keep_ratio: float | None = None,
-    threshold: float | None = None, probed: Probed | None = None,
-) -> tuple[RedundancyCodebook, Selection]:  # fmt: skip
+    records: Records,
+    recipe: Recipe,
+    out: Path,
+    base_model: str | None = None,
+    keep_ratio: float | None = None,
+    threshold: float | None = None,
+    probed: Probed | None = None,
+) -> tuple[RedundancyCodebook, Selection]:
     """Select prototypes from probe records, and write the artifact, its provenance table, recipe and report to `out`.
 
     Args:
@@ -183,9 +165,10 @@ def build_codebook(
 
     Raises:
         EmptyCodebookError: if no token meets every condition.
+        OSError: if records are missing that the probing wrote, or a file cannot be written.
     """
-    probes, aside = read_records(records)
-    missing = records.run["images"]["count"] - len(probes) - len(aside)
+    probes, unprobed = read_records(records)
+    missing = records.run["images"]["count"] - len(probes) - len(unprobed)
     if probed is not None and missing > len(probed.skipped):
         raise OSError(
             f"{records.folder} lacks the records of {missing - len(probed.skipped)} images: all processes must write "
@@ -204,7 +187,7 @@ def build_codebook(
         built_with={
             "recipe": json.loads(json.dumps(recipe.to_dict())),
             "model": model,
-            "images": {**records.run["images"], "probed": len(probes), "held_out": len(aside)},
+            "images": {**records.run["images"], "probed": len(probes), "held_out": len(unprobed)},
             "tokens": dict(selection.funnel),
             "words": dict(_commonest_words(probes, selection)),
         },
@@ -212,33 +195,10 @@ def build_codebook(
     out.mkdir(parents=True, exist_ok=True)
     book.save_pretrained(out)
     write_whole(out / "README.md", str(codebook_card(book)).encode())
-    write_whole(out / PROVENANCE_NAME, _provenance(probes, selection, recipe).encode())
+    write_whole(out / PROVENANCE_NAME, provenance_table(probes, selection, recipe).encode())
     write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
-    write_report(out, book, probes, aside, selection, recipe, missing, probed.skipped if probed else [])
+    write_report(out, book, probes, unprobed, selection, recipe, missing, probed.skipped if probed else [])
     return book, selection
-
-
-def _provenance(probes: list[Probe], selection: Selection, recipe: Recipe) -> str:
-    """One row a prototype: where it comes from, what was measured, what the model said."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(
-        "prototype image position p1 local_divergence global_divergence divergence cluster unique_images word_1 word_2 "
-        "word_3".split()
-    )
-    kind = recipe.divergence
-    for number, (image, row, cluster) in enumerate(zip(selection.image, selection.row, selection.cluster)):
-        probe = probes[image]
-        measured = (probe.p1, probe.local[kind], probe.globally[kind], divergence(probe, recipe))
-        table.writerow(
-            [number, probe.image, int(probe.positions[row]), *(f"{float(values[row]):.6g}" for values in measured),
-             int(cluster), int(selection.unique_images[cluster]), *probe.words[row]]
-        )  # fmt: skip
-    return text.getvalue()
-
-
-def read_provenance(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text)))
 
 
 def _commonest_words(probes: list[Probe], selection: Selection, count: int = 10) -> list[tuple[str, int]]:
@@ -247,11 +207,12 @@ def _commonest_words(probes: list[Probe], selection: Selection, count: int = 10)
     return first.most_common(count)
 
 
-def _decoder(tokenizer):
-    return lambda token: tokenizer.decode([token]).strip()
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """What a token id says."""
+    return lambda token: str(tokenizer.decode([token])).strip()
 
 
-def _weights_digest(model) -> str:
+def _weights_digest(model: PreTrainedModel) -> str:
     """Of a sample of every tensor: enough to tell checkpoints apart, and quick for large ones."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 
@@ -33,7 +35,7 @@ def dpc_knn(points: np.ndarray, num_clusters: int, neighbours: int = 5, memory_m
     keep_all = count * count * points.dtype.itemsize <= memory_mib * 2**20
     blocks, spread, largest = [], np.empty(count), 0.0
 
-    def distances():
+    def distances() -> Iterator[np.ndarray]:
         return pairwise_distances_chunked(points, metric="euclidean", working_memory=memory_mib)
 
     start = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -11,8 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageOps
 
 from ..models.codebook import RedundancyCodebook
-from .build import PROVENANCE_NAME, read_provenance
+from ..wording import describe_pruning
 from .images import ImageSource
+from .provenance import PROVENANCE_NAME, read_provenance
 
 
 def describe_codebook(book: RedundancyCodebook) -> dict[str, str]:
@@ -31,10 +33,7 @@ def describe_codebook(book: RedundancyCodebook) -> dict[str, str]:
         figures["mean cosine with the nearest other"] = f"{cosines.fill_diagonal_(-1).amax(1).mean():.4f}"
     figures["base model"] = book.base_model or "not recorded"
     recommended = book.recommended_pruning
-    figures["recommended"] = "nothing"
-    if recommended is not None:
-        name = "keep_ratio" if recommended.keep_ratio is not None else "threshold"
-        figures["recommended"] = f"{name} {getattr(recommended, name)}"
+    figures["recommended"] = "nothing" if recommended is None else describe_pruning(recommended)
     for name, value in book.built_with.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
@@ -42,7 +41,7 @@ def describe_codebook(book: RedundancyCodebook) -> dict[str, str]:
     return figures
 
 
-def provenance_of(codebook: str | os.PathLike) -> list[dict[str, str]] | None:
+def provenance_of(codebook: str | os.PathLike[str]) -> list[dict[str, str]] | None:
     """Rows of a codebook's provenance table, None if it has none.
 
     Args:
@@ -65,14 +64,25 @@ def contact_sheet(
 
     A token is drawn as its cell of the base image's grid, with half a cell around it.
 
+    Args:
+        book ([`RedundancyCodebook`]): built here: it says how large the grid was.
+        provenance (`list[dict[str, str]]`): rows of its table, see [`provenance_of`].
+        images ([`ImageSource`]): those it was built from.
+        path (`Path`): the picture to write.
+        most (`int`, defaults to 96): patches at most.
+
     Returns:
         `tuple[int, int]`: patches shown, and source images that `images` does not have or cannot open.
+
+    Raises:
+        ValueError: if the codebook does not know its grid, or none of its images is among these.
     """
     from matplotlib.figure import Figure
 
     ordered = sorted(provenance, key=lambda row: (int(row["cluster"]), int(row["prototype"])))
     chosen = [ordered[i] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered))).astype(int)]
-    wanted, opened = {row["image"] for row in chosen}, {}
+    wanted = {row["image"] for row in chosen}
+    opened: dict[str, Image.Image] = {}
     for _, name, image in images.items(list(range(len(images)))):
         if name in wanted and not isinstance(image, Exception):
             opened[name] = image
@@ -104,10 +114,11 @@ def patch(image: Image.Image, position: int, side: int, centre: bool, around: fl
         image = ImageOps.fit(image, (edge, edge))
     width, height = image.width / side, image.height / side
     row, column = divmod(position, side)
-    box = (column - around, row - around, column + 1 + around, row + 1 + around)
-    return image.crop(tuple(round(v * s) for v, s in zip(box, (width, height, width, height))))
+    left, right = round((column - around) * width), round((column + 1 + around) * width)
+    upper, lower = round((row - around) * height), round((row + 1 + around) * height)
+    return image.crop((left, upper, right, lower))
 
 
-def _short(value, most: int = 60) -> str:
+def _short(value: Any, most: int = 60) -> str:
     text = str(value)
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -15,8 +15,17 @@ import yaml
 PROMPT = "What does this image show? You must provide a single word that best describes the image."
 # Upstream's 96 of 576 patches: first and last rank of each stratum, by cosine with [cls], highest first.
 UPSTREAM_RANKS = (
-    (1, 24), (37, 44), (73, 80), (145, 152), (217, 224), (289, 296), (361, 368), (433, 440), (505, 512), (569, 576)
-)  # fmt: skip
+    (1, 24),
+    (37, 44),
+    (73, 80),
+    (145, 152),
+    (217, 224),
+    (289, 296),
+    (361, 368),
+    (433, 440),
+    (505, 512),
+    (569, 576),
+)
 TARGETS = {"cls_rank": "ranks", "positions": "positions", "stride": "stride", "all": None}
 CHOICES = {
     "replacement": ("pad", "mean", "remove"),
@@ -25,9 +34,36 @@ CHOICES = {
 }
 # Settings that decide which prototypes are selected from probe records, and may change without probing again.
 SELECTION = (
-    "divergence", "thresholds", "max_p1", "max_divergence", "local_weight", "global_weight", "image_clusters",
-    "max_cluster_size", "prototype_clusters", "min_unique_images", "nearest_neighbours", "tokens_per_cluster", "seed",
-)  # fmt: skip
+    "divergence",
+    "thresholds",
+    "max_p1",
+    "max_divergence",
+    "local_weight",
+    "global_weight",
+    "image_clusters",
+    "max_cluster_size",
+    "prototype_clusters",
+    "min_unique_images",
+    "nearest_neighbours",
+    "tokens_per_cluster",
+    "seed",
+)
+LOWEST = {
+    "num_images": 1,
+    "held_out_images": 0,
+    "pad_token_id": 0,
+    "skip_articles": 0,
+    "top_k_p1": 1,
+    "top_k_divergence": 2,
+    "image_clusters": 1,
+    "max_cluster_size": 1,
+    "prototype_clusters": 1,
+    "min_unique_images": 0,
+    "nearest_neighbours": 1,
+    "tokens_per_cluster": 1,
+    "seed": 0,
+}
+OPTIONAL = {"num_images", "pad_token_id", "max_cluster_size", "tokens_per_cluster"}
 
 
 @dataclass(frozen=True)
@@ -92,23 +128,17 @@ class Recipe:
     tokens_per_cluster: int | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt must be a question, got {self.prompt!r}.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        lowest = {
-            "num_images": 1, "held_out_images": 0, "pad_token_id": 0, "skip_articles": 0, "top_k_p1": 1,
-            "top_k_divergence": 2, "image_clusters": 1, "max_cluster_size": 1, "prototype_clusters": 1,
-            "min_unique_images": 0, "nearest_neighbours": 1, "tokens_per_cluster": 1, "seed": 0,
-        }  # fmt: skip
-        optional = {"num_images", "pad_token_id", "max_cluster_size", "tokens_per_cluster"}
-        for name, least in lowest.items():
+        for name, least in LOWEST.items():
             value = getattr(self, name)
-            if value is None and name in optional:
+            if value is None and name in OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not _is_integer(value, least):
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
         for name in ("max_p1", "max_divergence", "local_weight", "global_weight"):
             value = getattr(self, name)
@@ -119,7 +149,7 @@ class Recipe:
         _check_targets(self.targets)
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike) -> Recipe:
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Recipe:
         """A recipe from a YAML file, or the preset of that name (a folder of `codebooks/`).
 
         Raises:
@@ -128,10 +158,10 @@ class Recipe:
         """
         path = Path(name_or_path)
         if not path.is_file():
-            presets = _presets()
-            if str(name_or_path) not in presets:
-                raise OSError(f"{name_or_path} is neither a recipe file nor a preset ({', '.join(sorted(presets))}).")
-            path = presets[str(name_or_path)]
+            known = presets()
+            if str(name_or_path) not in known:
+                raise OSError(f"{name_or_path} is neither a recipe file nor a preset ({', '.join(sorted(known))}).")
+            path = known[str(name_or_path)]
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls.from_dict(values)
@@ -189,6 +219,20 @@ class Recipe:
         return chosen.sort().values
 
 
+def shipped_folders() -> list[Path]:
+    """The folders of `codebooks/` that are at hand: of the installed package, or of the checkout that it runs in."""
+    package = Path(__file__).parents[1]
+    for parent in (package, package.parents[1]):
+        if (parent / "codebooks").is_dir():
+            return sorted(path for path in (parent / "codebooks").iterdir() if path.is_dir())
+    return []
+
+
+def presets() -> dict[str, Path]:
+    """Recipe files by name: every folder of `codebooks/` with a recipe is a preset, and nothing else lists them."""
+    return {folder.name: folder / "recipe.yaml" for folder in shipped_folders() if (folder / "recipe.yaml").is_file()}
+
+
 def _check_targets(targets: dict[str, Any]) -> None:
     if not isinstance(targets, dict) or targets.get("by") not in TARGETS:
         raise ValueError(f"targets must say by: {', '.join(TARGETS)}; got {targets!r}.")
@@ -196,31 +240,32 @@ def _check_targets(targets: dict[str, Any]) -> None:
     if set(targets) - {"by"} != ({key} if key else set()):
         raise ValueError(f"targets by {targets['by']} take {key or 'nothing'} besides; got {targets!r}.")
 
-    def whole(value, least):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    value = targets.get(key)
-    if key == "stride" and not whole(value, 1):
+    value = targets[key] if key else None
+    if key == "stride" and not _is_integer(value, 1):
         raise ValueError(f"stride must be an integer of at least 1; got {value!r}.")
-    if key == "positions" and not (isinstance(value, list) and value and all(whole(v, 0) for v in value)):
-        raise ValueError(f"positions must be a list of integers from 0; got {value!r}.")
-    if key == "ranks" and not (
-        isinstance(value, list)
-        and value
-        and all(isinstance(v, (list, tuple)) and len(v) == 2 and whole(v[0], 1) and whole(v[1], v[0]) for v in value)
-    ):
-        raise ValueError(f"ranks must be pairs [first, last] from 1; got {value!r}.")
-    if key in ("positions", "ranks"):
-        every = value if key == "positions" else [r for first, last in value for r in range(first, last + 1)]
-        if len(set(every)) != len(every):
-            raise ValueError(f"{key} name a token twice: {value!r}.")
+    if key == "positions":
+        if not isinstance(value, list) or not value or not all(_is_integer(v, 0) for v in value):
+            raise ValueError(f"positions must be a list of integers from 0; got {value!r}.")
+        _check_distinct(key, value, value)
+    if key == "ranks":
+        if not isinstance(value, list) or not value or not all(map(_is_span, value)):
+            raise ValueError(f"ranks must be pairs [first, last] from 1; got {value!r}.")
+        _check_distinct(key, value, [rank for first, last in value for rank in range(first, last + 1)])
 
 
-def _presets() -> dict[str, Path]:
-    """Recipes by name, from the installed package or from the checkout that it runs in."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "codebooks", package.parents[1] / "codebooks"):
-        found = {path.parent.name: path for path in folder.glob("*/recipe.yaml")}
-        if found:
-            return found
-    return {}
+def _is_span(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and _is_integer(value[0], 1)
+        and _is_integer(value[1], value[0])
+    )
+
+
+def _check_distinct(key: str, value: list[Any], numbers: list[int]) -> None:
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{key} name a token twice: {value!r}.")
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

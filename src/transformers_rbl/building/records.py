@@ -17,7 +17,6 @@ from .selection import Probe
 
 
 RUN_NAME = "run.json"
-FORMAT_VERSION = 1
 
 
 class Records:
@@ -33,18 +32,18 @@ class Records:
             difference.
     """
 
-    def __init__(self, folder: str | os.PathLike, run: dict[str, Any] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], run: dict[str, Any] | None = None):
         self.folder = Path(folder)
-        known = self._read_run()
-        if run is None:
-            if known is None:
-                raise OSError(f"{self.folder} holds no probe records ({RUN_NAME} is missing).")
-            run = known
-        elif known is not None:
-            run = json.loads(json.dumps(run))
-            _check_same(known, run, self.folder)
-        self.run = run
-        self.fingerprint = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        saved = self._read_run()
+        if run is not None:
+            self.run = _as_json(run)
+            if saved is not None:
+                _check_same(saved, self.run, self.folder)
+        elif saved is not None:
+            self.run = saved
+        else:
+            raise OSError(f"{self.folder} holds no probe records ({RUN_NAME} is missing).")
+        self.fingerprint = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
 
     def begin(self) -> None:
         """Write `run.json`; the process that starts a build does it once."""
@@ -81,14 +80,13 @@ class Records:
                 return None
             if "positions" not in tensors:
                 return about["image"], tensors["tokens"]
-            kinds = CHOICES["divergence"]
             return Probe(
                 image=about["image"],
                 positions=tensors["positions"],
                 tokens=tensors["tokens"],
                 p1=tensors["p1"],
-                local={kind: tensors[f"local.{kind}"] for kind in kinds},
-                globally={kind: tensors[f"global.{kind}"] for kind in kinds},
+                local={kind: tensors[f"local.{kind}"] for kind in CHOICES["divergence"]},
+                globally={kind: tensors[f"global.{kind}"] for kind in CHOICES["divergence"]},
                 words=about["words"],
             )
         except (FileNotFoundError, SafetensorError, KeyError, ValueError):
@@ -118,6 +116,11 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it comes back from a file: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
+
+
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -128,7 +131,8 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _check_same(known: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
-    differences, selection_only = [], True
+    differences: list[str] = []
+    selection_only = True
     for part in sorted(known.keys() | run.keys()):
         old, new = known.get(part), run.get(part)
         if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -147,17 +151,23 @@ def _check_same(known: dict[str, Any], run: dict[str, Any], folder: Path) -> Non
         raise ValueError(f"{folder} holds records of another build: {'; '.join(differences)}. {advice}")
 
 
-def with_selection(records: Records, recipe: Recipe) -> Recipe:
-    """The records' own recipe with the selection settings of `recipe`.
+def check_probed_as(records: Records, recipe: Recipe) -> None:
+    """Whether a recipe can select from these records: it may differ from theirs in settings of the selection alone.
+
+    Args:
+        records ([`Records`]): of an earlier build.
+        recipe ([`Recipe`]): to select with.
 
     Raises:
         ValueError: if a setting that probing depends on differs.
     """
-    old, new = records.run["recipe"], json.loads(json.dumps(recipe.to_dict()))
+    old, new = records.run["recipe"], _as_json(recipe.to_dict())
     changed = [name for name in old if name not in SELECTION and old[name] != new[name]]
     if changed:
         raise ValueError(
             f"The records were probed with another {', '.join(changed)}: only settings of the selection can be changed "
             "afterwards. Probe again for these."
         )
-    return recipe
+
+
+with_selection = check_probed_as  # its name in 0.1.0

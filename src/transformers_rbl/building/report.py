@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,16 +14,36 @@ from .records import write_whole
 from .selection import Probe, Selection, divergence
 
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 THRESHOLDS = np.linspace(0.0, 1.0, 101)
 LISTED = 50
 
 
 def write_report(
-    out: Path, book: RedundancyCodebook, probes: list[Probe], held_out: list[tuple[str, torch.Tensor]],
-    selection: Selection, recipe: Recipe, missing: int, skipped: list[tuple[str, str]],
-) -> None:  # fmt: skip
-    """Write `report.md` and its pictures under `report/`. `missing` images have no record, `skipped` says why as far as
-    it is known."""
+    out: Path,
+    book: RedundancyCodebook,
+    probes: list[Probe],
+    held_out: list[tuple[str, torch.Tensor]],
+    selection: Selection,
+    recipe: Recipe,
+    missing: int,
+    skipped: list[tuple[str, str]],
+) -> None:
+    """Write `report.md` and its pictures under `report/`.
+
+    Args:
+        out (`Path`): folder to write to.
+        book ([`RedundancyCodebook`]): the codebook.
+        probes (`list[Probe]`): what was measured.
+        held_out (`list[tuple[str, torch.Tensor]]`): names and tokens `(n, d)` of images that were not probed.
+        selection ([`Selection`]): which tokens became prototypes.
+        recipe ([`Recipe`]): by which settings.
+        missing (`int`): images without a record.
+        skipped (`list[tuple[str, str]]`): names of images that could not be read, and why, as far as it is known.
+    """
     pictures = out / "report"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = ["# How this codebook was built", "", "| condition | tokens left |", "| --- | --- |"]
@@ -57,11 +78,9 @@ def write_report(
 
     _plot_measures(pictures / "measures.png", probes, selection, recipe)
     _plot_clusters(pictures / "clusters.png", selection, recipe)
-    parts += [
-        "", "## What was measured", "", "![p1 and divergences, with their thresholds](report/measures.png)", "",
-        "## Clusters over all images", "", "![Cluster sizes and distinct images](report/clusters.png)", "",
-        "## Candidates", "",
-    ]  # fmt: skip
+    parts += ["", "## What was measured", "", "![p1 and divergences, with their thresholds](report/measures.png)"]
+    parts += ["", "## Clusters over all images", "", "![Cluster sizes and distinct images](report/clusters.png)"]
+    parts += ["", "## Candidates", ""]
     if _plot_candidates(pictures / "candidates.png", probes, selection, recipe):
         parts += ["![t-SNE of the candidates](report/candidates.png)", ""]
     else:
@@ -80,7 +99,15 @@ def write_report(
 
 
 def retention_curve(book: RedundancyCodebook, images: list[torch.Tensor]) -> np.ndarray:
-    """`(images, 101)`: share of each image's tokens that thresholds 0, 0.01 … 1 keep."""
+    """Share of each image's tokens that thresholds 0, 0.01 … 1 keep.
+
+    Args:
+        book ([`RedundancyCodebook`]): the codebook.
+        images (`list[torch.Tensor]`): tokens `(n, d)` of each image, one image at least.
+
+    Returns:
+        `np.ndarray` of shape `(images, 101)`, float64.
+    """
     scores = [book.score(tokens).numpy() for tokens in images]
     return np.stack([(score[:, None] < THRESHOLDS).mean(axis=0) for score in scores])
 
@@ -89,10 +116,11 @@ def _more(count: int) -> list[str]:
     return [f"- and {count - LISTED} more"] if count > LISTED else []
 
 
-def _figure(*size, columns=1):
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes `(columns,)`, beside each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
@@ -104,7 +132,7 @@ def _plot_retention(path: Path, retention: np.ndarray) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _plot_measures(path: Path, probes, selection: Selection, recipe: Recipe) -> None:
+def _plot_measures(path: Path, probes: list[Probe], selection: Selection, recipe: Recipe) -> None:
     kind = recipe.divergence
     values = {
         "p1": (torch.cat([probe.p1 for probe in probes]), selection.max_p1),
@@ -142,7 +170,7 @@ def _plot_clusters(path: Path, selection: Selection, recipe: Recipe) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _plot_candidates(path: Path, probes, selection: Selection, recipe: Recipe, most: int = 2000) -> bool:
+def _plot_candidates(path: Path, probes: list[Probe], selection: Selection, recipe: Recipe, most: int = 2000) -> bool:
     count = len(selection.candidates)
     if count < 5:
         return False

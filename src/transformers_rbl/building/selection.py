@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -75,12 +76,16 @@ def divergence(probe: Probe, recipe: Recipe) -> torch.Tensor:
 
 
 def select_prototypes(probes: list[Probe], recipe: Recipe) -> Selection:
-    """The selection of arXiv 2503.20540: METHOD in three conditions.
+    """The selection of arXiv 2503.20540, in three conditions.
 
     A token has low information if p1 < max_p1 and its divergence < max_divergence. Per image, all target tokens are
     clustered, and low-information tokens of small clusters stay (`max_cluster_size`). Over all images these are
     clustered again, and clusters from too few distinct images are dropped (`min_unique_images`): what remains says
     nothing in any context.
+
+    Args:
+        probes (`list[Probe]`): what was measured, an image each.
+        recipe ([`Recipe`]): whose selection settings count.
 
     Raises:
         EmptyCodebookError: if nothing is left.
@@ -111,10 +116,9 @@ def select_prototypes(probes: list[Probe], recipe: Recipe) -> Selection:
         small = low & (sizes <= recipe.max_cluster_size)
         funnel.append((f"in clusters of at most {recipe.max_cluster_size} in their image", int(small.sum())))
         if not small.any():
-            advice = (
-                f"the smallest cluster with such a token has {sizes[low].min()} members, half of them are in clusters"
-            )
-            advice += f" of at most {int(np.median(sizes[low]))}: raise max_cluster_size or image_clusters"
+            half = int(np.median(sizes[low]))
+            advice = f"the smallest cluster with such a token has {sizes[low].min()} members, half of them are in"
+            advice += f" clusters of at most {half}: raise max_cluster_size or image_clusters"
             _nothing(funnel, f"{advice}, or leave the rule out (max_cluster_size: null)")
         low = small
 
@@ -138,11 +142,19 @@ def select_prototypes(probes: list[Probe], recipe: Recipe) -> Selection:
             parts.append(random.permutation(members)[: recipe.tokens_per_cluster])
         chosen = np.sort(np.concatenate(parts))
         funnel.append((f"at most {recipe.tokens_per_cluster} of each cluster", len(chosen)))
+    limits = {"p1": (p1, max_p1), "divergence": (change, max_change)}
     return Selection(
-        image=candidates[chosen, 0], row=candidates[chosen, 1], cluster=labels[chosen], candidates=candidates,
-        candidate_clusters=labels, unique_images=unique, funnel=funnel, max_p1=max_p1, max_divergence=max_change,
-        borderline=_borderline(probes, image, row, p1, change, max_p1, max_change),
-    )  # fmt: skip
+        image=candidates[chosen, 0],
+        row=candidates[chosen, 1],
+        cluster=labels[chosen],
+        candidates=candidates,
+        candidate_clusters=labels,
+        unique_images=unique,
+        funnel=funnel,
+        max_p1=max_p1,
+        max_divergence=max_change,
+        borderline=_borderline(probes, image, row, limits),
+    )
 
 
 def prototypes(probes: list[Probe], selection: Selection) -> torch.Tensor:
@@ -160,15 +172,18 @@ def _cluster_sizes(probe: Probe, recipe: Recipe) -> np.ndarray:
     return np.bincount(labels)[labels]
 
 
-def _borderline(probes, image, row, p1, change, max_p1, max_change) -> list[tuple[str, int, str, float]]:
+def _borderline(
+    probes: list[Probe], image: np.ndarray, row: np.ndarray, limits: dict[str, tuple[np.ndarray, float]]
+) -> list[tuple[str, int, str, float]]:
+    """Tokens, the `row`s of probes number `image`, of which a measure lies near its threshold."""
     near = []
-    for name, values, limit in (("p1", p1, max_p1), ("divergence", change, max_change)):
+    for name, (values, limit) in limits.items():
         for i in np.flatnonzero(np.abs(values - limit) < BORDER).tolist():
             probe = probes[image[i]]
             near.append((probe.image, int(probe.positions[row[i]]), name, float(values[i])))
     return near
 
 
-def _nothing(funnel: list[tuple[str, int]], advice: str) -> None:
+def _nothing(funnel: list[tuple[str, int]], advice: str) -> NoReturn:
     steps = " -> ".join(f"{count} {name}" for name, count in funnel)
     raise EmptyCodebookError(f"No prototype is left: {steps}. {advice[0].upper()}{advice[1:]}.")

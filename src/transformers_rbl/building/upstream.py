@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from ..models.codebook import RedundancyCodebook
 
 
 def convert_upstream(
-    path: str | os.PathLike,
-    image_ids: str | os.PathLike | None = None,
+    path: str | os.PathLike[str],
+    image_ids: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
     recommended_keep_ratio: float | None = None,
     recommended_threshold: float | None = None,
@@ -36,17 +37,17 @@ def convert_upstream(
         OSError: if a file cannot be read.
         ValueError: if it holds anything but such a tensor, or as many image ids; the message names the file.
     """
-    path = Path(path)
-    content = path.read_bytes()
+    file = Path(path)
+    content = file.read_bytes()
     try:
-        prototypes = torch.load(path, map_location="cpu", weights_only=True)
+        prototypes = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as tensors alone ({reason}): truncated, not a file of torch.save, or it holds "
+            f"{file} cannot be read as tensors alone ({reason}): truncated, not a file of torch.save, or it holds "
             "objects, which are never unpickled here."
         ) from error
-    source = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+    source: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     if isinstance(prototypes, torch.Tensor):
         source["dtype"] = str(prototypes.dtype).removeprefix("torch.")
     if image_ids is not None:
@@ -59,18 +60,18 @@ def convert_upstream(
             recommended_threshold=recommended_threshold,
         )
     except ValueError as error:
-        raise ValueError(f"{path} is no codebook: {error}") from error
+        raise ValueError(f"{file} is no codebook: {error}") from error
     source["repeated_rows"] = len(book.prototypes) - len(book.without_duplicates().prototypes)
     book.built_with = {"source": source}
     return book
 
 
-def _read_ids(path: Path, count: int) -> list:
+def _read_ids(path: Path, count: int) -> list[Any]:
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}).") from error
     if not isinstance(ids, list) or len(ids) != count:
-        found = f"{len(ids)} entries" if isinstance(ids, list) else type(ids).__name__
-        raise ValueError(f"{path} must be a list with one image id for each of {count} prototypes; it has {found}.")
+        content = f"{len(ids)} entries" if isinstance(ids, list) else type(ids).__name__
+        raise ValueError(f"{path} must be a list with one image id for each of {count} prototypes; it has {content}.")
     return ids

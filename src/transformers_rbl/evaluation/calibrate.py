@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import ProcessorMixin
 
-from ..models.layout import NEWLINE
+from ..models.codebook import RedundancyCodebook
+from ..models.features_rbl import RBLModelMixin
+from ..models.generation_rbl import RBLGenerationMixin
+from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig, select_tokens
-from .evaluate import RuleResult
+from ..models.scorers import score_tokens
+from ..models.seam import TOKENS
 from .metrics import paired_ratio_interval
+from .results import RuleResult, unpruned
+
+
+OFF = PruningConfig(enabled=False)
 
 
 @dataclass
@@ -39,31 +49,86 @@ class Calibration:
 
 
 @torch.no_grad()
-def image_scores(model, processor, images: Iterable[Image.Image], score: str = "cosine") -> list[torch.Tensor]:
-    """Scores `(L,)` of every image's scored tokens."""
-    rule, off = PruningConfig(keep_ratio=1.0, score=score), PruningConfig(enabled=False)
-    found = []
+def image_scores(
+    model: RBLGenerationMixin, processor: ProcessorMixin, images: Iterable[Image.Image], score: str = "cosine"
+) -> list[torch.Tensor]:
+    """Scores of every image's tokens, as a threshold meets them.
+
+    Args:
+        model (`RBLGenerationMixin`): a full pruned model, in eval mode.
+        processor (`ProcessorMixin`): the checkpoint's.
+        images (`Iterable[PIL.Image.Image]`): RGB.
+        score (`str`, defaults to `"cosine"`): a key of [`SCORERS`].
+
+    Returns:
+        `list[torch.FloatTensor]`: per image `(L,)`, row ends left out.
+
+    Raises:
+        ValueError: for a score that has no threshold to find, or that needs a codebook or [cls] token which is missing.
+    """
+    rule = PruningConfig(threshold=0, score=score)
+    headless = model.model
+    _check_scored(headless, rule)
+    names = inspect.signature(headless.get_image_features).parameters
+    scores = []
     for image in images:
-        visual = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
-        names = {"pixel_values", "image_sizes", "batch_num_images"} & set(visual)
-        visual = {name: visual[name] for name in names}
-        tokens = model.get_image_features(**visual, pruning=off, return_dict=True).pooler_output[0]
-        kinds = model.model.token_kinds(**visual)[0].to(tokens.device)
-        found.append(model.codebook.score(tokens[kinds != NEWLINE], rule.score).cpu())
-    return found
+        processed = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
+        arguments = {name: processed[name] for name in names if name in processed}
+        outputs = headless.get_image_features(**arguments, pruning=OFF, return_dict=True)
+        entries = headless.family.split(headless.config, list(outputs[TOKENS]))
+        layouts = headless.layouts(**arguments) or [VisualLayout.of_patches(len(tokens)) for tokens in entries]
+        similarities: list[torch.Tensor | None] = [None] * len(entries)
+        if rule.needs_cls_similarity:
+            similarities = list(headless.family.cls_similarity(headless, "image", outputs, arguments, False))
+        parts = []
+        for tokens, layout, similarity in zip(entries, layouts, similarities, strict=True):
+            scored = layout.scored(rule).to(tokens.device)
+            similarity = None if similarity is None else similarity.to(tokens.device)[scored]
+            parts.append(_scores(headless.codebook, tokens[scored], rule, similarity))
+        scores.append(torch.cat(parts).cpu())
+    return scores
 
 
-def mean_retention(scores: list[torch.Tensor], threshold: float, min_tokens: int = 1) -> float:
-    """Mean share of an image's scored tokens that a threshold keeps."""
+def _check_scored(headless: RBLModelMixin, rule: PruningConfig) -> None:
+    """Before any image is encoded."""
+    if rule.score == "random":
+        raise ValueError("score='random' is uniform in [0, 1): the retention itself is its threshold.")
+    if rule.needs_codebook and headless.codebook is None:
+        raise ValueError(f"score={rule.score!r} compares with a codebook, and this model has none: give codebook=.")
+    if rule.needs_cls_similarity and not headless.has_cls:
+        raise ValueError(f"score={rule.score!r} needs a vision tower with a [cls] token: choose another score.")
+
+
+def _scores(
+    codebook: RedundancyCodebook | None, tokens: torch.Tensor, rule: PruningConfig, similarity: torch.Tensor | None
+) -> torch.Tensor:
+    if codebook is not None and rule.needs_codebook:
+        return codebook.score(tokens, rule.score, cls_similarity=similarity)
+    return score_tokens(rule.score, tokens=tokens, cls_similarity=similarity)
+
+
+def mean_retention(scores: Sequence[torch.Tensor], threshold: float, min_tokens: int = 1) -> float:
+    """Mean share of an image's scored tokens that a threshold keeps.
+
+    Args:
+        scores (`Sequence[torch.Tensor]`): per image `(L,)`, see [`image_scores`].
+        threshold (`float`): see [`PruningConfig`].
+        min_tokens (`int`, defaults to 1): see [`PruningConfig`].
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    if not scores:
+        raise ValueError("There are no images, so there is no retention.")
     rule = PruningConfig(threshold=threshold, min_tokens=min_tokens)
     return float(np.mean([select_tokens(values, rule).float().mean().item() for values in scores]))
 
 
-def threshold_for(scores: list[torch.Tensor], target: float, seed: int = 0) -> Calibration:
+def threshold_for(scores: Sequence[torch.Tensor], target: float, seed: int = 0) -> Calibration:
     """The threshold whose mean retention comes nearest to `target`, fitted on half of the images, checked on the rest.
 
     Args:
-        scores (`list[torch.Tensor]`): per image, see [`image_scores`].
+        scores (`Sequence[torch.Tensor]`): per image, see [`image_scores`].
         target (`float`): mean retention, in (0, 1].
         seed (`int`): which half is which.
 
@@ -86,22 +151,28 @@ def threshold_for(scores: list[torch.Tensor], target: float, seed: int = 0) -> C
     return Calibration(threshold, target, mean_retention(fit, threshold), mean_retention(check, threshold), sizes)
 
 
-def lowest_retention(results: list[RuleResult], share: float, metric: str) -> tuple[RuleResult, float, float] | None:
+def lowest_retention(
+    results: Sequence[RuleResult], share: float, metric: str
+) -> tuple[RuleResult, float, float] | None:
     """Of rules with a keep ratio, the one of lowest retention whose accuracy is at least `share` of the unpruned one.
 
     Args:
-        results (`list[RuleResult]`): of [`evaluate`], the unpruned model first.
+        results (`Sequence[RuleResult]`): of [`evaluate`], the unpruned model first.
         share (`float`): in (0, 1].
         metric (`str`): which accuracy.
 
     Returns:
-        The rule's result, and the 95% interval of its share; None if no rule keeps so much.
+        `tuple[RuleResult, float, float]`: the rule's result, and the 95% interval of its share; None if no rule keeps
+        so much.
+
+    Raises:
+        ValueError: if there are no results, or the unpruned model is never right.
     """
-    base = np.array(results[0].correct[metric])
+    base = np.array(unpruned(results).correct[metric])
     if base.mean() == 0:
         raise ValueError("The unpruned model answers nothing right, so there is nothing to keep.")
-    good = [r for r in results[1:] if np.mean(r.correct[metric]) >= share * base.mean()]
-    if not good:
+    accurate = [result for result in results[1:] if np.mean(result.correct[metric]) >= share * base.mean()]
+    if not accurate:
         return None
-    best = min(good, key=lambda result: result.retention)
+    best = min(accurate, key=lambda result: result.retention)
     return best, *paired_ratio_interval(np.array(best.correct[metric]), base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,15 @@ class Explanation:
         )
 
 
-def explain(codebook: RedundancyCodebook, tokens: torch.Tensor, provenance: list[dict[str, str]]) -> list[Explanation]:
+def explain(
+    codebook: RedundancyCodebook, tokens: torch.Tensor, provenance: Sequence[dict[str, str]]
+) -> list[Explanation]:
     """The nearest prototype of every token.
 
     Args:
         codebook ([`RedundancyCodebook`]): built with a provenance table.
         tokens (`torch.Tensor` of shape `(L, d)`): unpruned visual tokens of one base image.
-        provenance (`list[dict]`): rows of its table, see [`provenance_of`].
+        provenance (`Sequence[dict[str, str]]`): rows of its table, see [`provenance_of`].
 
     Raises:
         ValueError: if the table is of another codebook.
@@ -58,23 +61,28 @@ def explain(codebook: RedundancyCodebook, tokens: torch.Tensor, provenance: list
         )
     unit = torch.nn.functional.normalize(tokens.detach().float().cpu(), dim=-1)
     best = (unit @ codebook.unit_prototypes.cpu().T).max(dim=-1)
-    found = []
+    explanations = []
     for token, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         origin = provenance[row]
         words = [origin[f"word_{k}"] for k in (1, 2, 3)]
-        found.append(Explanation(token, score, row, origin["image"], int(origin["position"]), words))
-    return found
+        explanations.append(Explanation(token, score, row, origin["image"], int(origin["position"]), words))
+    return explanations
 
 
 def plot_explanations(
-    image: Image.Image, explanations: list[Explanation], sources: dict[str, Image.Image], grid: int,
-    path: str | os.PathLike, centre: bool = False, most: int = 6,
-) -> int:  # fmt: skip
+    image: Image.Image,
+    explanations: Sequence[Explanation],
+    sources: dict[str, Image.Image],
+    grid: int,
+    path: str | os.PathLike[str],
+    centre: bool = False,
+    most: int = 6,
+) -> int:
     """Write pairs of patches: a dropped token's, and the source patch of the prototype it looks like.
 
     Args:
         image (`PIL.Image.Image`): whose tokens these are.
-        explanations (`list[Explanation]`): of its dropped tokens; evenly chosen by score.
+        explanations (`Sequence[Explanation]`): of its dropped tokens; evenly chosen by score.
         sources (`dict[str, PIL.Image.Image]`): the codebook's images by name.
         grid (`int`): tokens along one side of a base image.
         path (`str` or `os.PathLike`): the picture to write.
@@ -83,6 +91,9 @@ def plot_explanations(
 
     Returns:
         `int`: pairs drawn; those whose source image is not at hand are left out.
+
+    Raises:
+        ValueError: if none is at hand.
     """
     from matplotlib.figure import Figure
 

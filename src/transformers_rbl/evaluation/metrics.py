@@ -55,6 +55,7 @@ def option_letter(text: str) -> str | None:
 
 
 def said_yes(text: str) -> bool | None:
+    """Whether a text begins with yes (True) or no (False); None if with neither."""
     words = normalise(text).split()
     return {"yes": True, "no": False}.get(words[0]) if words else None
 
@@ -68,21 +69,42 @@ def f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of `values` `(n,)`, by resampling them."""
+    """95% interval of the mean of `values` `(n,)`, by resampling them.
+
+    Raises:
+        ValueError: if there are no values.
+    """
     values = np.asarray(values, dtype=float)
-    random = np.random.default_rng(seed)
-    means = values[random.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    return tuple(float(v) for v in np.quantile(means, [0.025, 0.975]))
+    means = values[_resampled(len(values), draws, seed)].mean(axis=1)
+    return _middle(means)
 
 
 def paired_ratio_interval(
     values: np.ndarray, baseline: np.ndarray, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of mean(values) / mean(baseline), resampling examples for both at once."""
+    """95% interval of mean(values) / mean(baseline), resampling examples for both at once; NaN where the baseline is
+    always 0.
+
+    Raises:
+        ValueError: if there are no values.
+    """
     values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
-    rows = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    rows = _resampled(len(values), draws, seed)
     below = baseline[rows].mean(axis=1)
     ratios = values[rows].mean(axis=1)[below > 0] / below[below > 0]
     if len(ratios) == 0:
         return float("nan"), float("nan")
-    return tuple(float(v) for v in np.quantile(ratios, [0.025, 0.975]))
+    return _middle(ratios)
+
+
+def _resampled(count: int, draws: int, seed: int) -> np.ndarray:
+    """`(draws, count)`: rows of as many samples, drawn with replacement."""
+    if count == 0:
+        raise ValueError("There are no values, so they have no interval.")
+    return np.random.default_rng(seed).integers(0, count, (draws, count))
+
+
+def _middle(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95%."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

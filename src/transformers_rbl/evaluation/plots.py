@@ -4,12 +4,15 @@ image."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..models.layout import BASE, NEWLINE, PATCH
+from .metrics import bootstrap_interval
+from .results import RuleResult, unpruned
 
 
 def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor) -> dict[str, np.ndarray]:
@@ -42,15 +45,25 @@ def dim_dropped(image: Image.Image, grid: np.ndarray, brightness: float = 0.25) 
     return Image.composite(image.convert("RGB"), dark, mask)
 
 
-def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -> None:
+def plot_kept(
+    images: Sequence[Image.Image],
+    keep_masks: Sequence[torch.Tensor],
+    kinds: Sequence[torch.Tensor],
+    path: str | os.PathLike[str],
+    titles: Sequence[str] | None = None,
+) -> None:
     """Write one row a photo: as it is, base image, tiles.
 
     Args:
-        images (`list[PIL.Image.Image]`), keep_masks (`list[torch.BoolTensor]`), kinds (`list[torch.LongTensor]`): per
-            image.
+        images (`Sequence[PIL.Image.Image]`), keep_masks (`Sequence[torch.BoolTensor]`), kinds
+            (`Sequence[torch.LongTensor]`): per image, see [`kept_grids`].
         path (`str` or `os.PathLike`): the picture to write; its suffix gives the format.
-        titles (`list[str]`, *optional*): per image.
+        titles (`Sequence[str]`, *optional*): per image.
+
+    Raises:
+        ValueError: if there are no images.
     """
+    _check_any(images, "images")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2 * len(images)), layout="constrained")
@@ -70,15 +83,25 @@ def plot_kept(images, keep_masks, kinds, path: str | os.PathLike, titles=None) -
     figure.savefig(path, dpi=110)
 
 
-def plot_retentions(images, keep_masks, kinds, labels: list[str], path: str | os.PathLike) -> None:
+def plot_retentions(
+    images: Sequence[Image.Image],
+    keep_masks: Sequence[Sequence[torch.Tensor]],
+    kinds: Sequence[torch.Tensor],
+    labels: Sequence[str],
+    path: str | os.PathLike[str],
+) -> None:
     """Write one row a photo: as it is, then what each setting keeps of it (of its tiles, where it has them).
 
     Args:
-        images (`list[PIL.Image.Image]`), kinds (`list[torch.LongTensor]`): per image, see [`plot_kept`].
-        keep_masks (`list[list[torch.BoolTensor]]`): per setting, per image.
-        labels (`list[str]`): per setting.
+        images (`Sequence[PIL.Image.Image]`), kinds (`Sequence[torch.LongTensor]`): per image, see [`plot_kept`].
+        keep_masks (`Sequence[Sequence[torch.BoolTensor]]`): per setting, per image.
+        labels (`Sequence[str]`): per setting.
         path (`str` or `os.PathLike`): the picture to write.
+
+    Raises:
+        ValueError: if there are no images.
     """
+    _check_any(images, "images")
     rows = []
     for number, image in enumerate(images):
         row = [("photo", image)]
@@ -90,18 +113,24 @@ def plot_retentions(images, keep_masks, kinds, labels: list[str], path: str | os
     _write_pictures(rows, path)
 
 
-def plot_frames(frames, keep_masks, labels: list[str], path: str | os.PathLike) -> None:
+def plot_frames(
+    frames: Sequence[Image.Image],
+    keep_masks: Sequence[torch.Tensor],
+    labels: Sequence[str],
+    path: str | os.PathLike[str],
+) -> None:
     """Write a video's frames, and below them what each setting keeps of each.
 
     Args:
-        frames (`list[PIL.Image.Image]`): of one video.
-        keep_masks (`list[torch.BoolTensor]`): per setting, its `(L,)` entry of `outputs.video_keep_masks`.
-        labels (`list[str]`): per setting.
+        frames (`Sequence[PIL.Image.Image]`): of one video.
+        keep_masks (`Sequence[torch.BoolTensor]`): per setting, its `(L,)` entry of `outputs.video_keep_masks`.
+        labels (`Sequence[str]`): per setting.
         path (`str` or `os.PathLike`): the picture to write.
 
     Raises:
-        ValueError: if a mask is not of so many frames of square grids and one row end.
+        ValueError: if there are no frames, or a mask is not of so many frames of square grids and one row end.
     """
+    _check_any(frames, "frames")
     rows = [[(f"frame {number + 1}", frame) for number, frame in enumerate(frames)]]
     for label, mask in zip(labels, keep_masks, strict=True):
         side = round(((len(mask) - 1) / len(frames)) ** 0.5)
@@ -114,7 +143,12 @@ def plot_frames(frames, keep_masks, labels: list[str], path: str | os.PathLike) 
     _write_pictures(rows, path)
 
 
-def _write_pictures(rows: list[list[tuple[str, Image.Image]]], path: str | os.PathLike) -> None:
+def _check_any(images: Sequence[Image.Image], what: str) -> None:
+    if not images:
+        raise ValueError(f"There are no {what} to draw.")
+
+
+def _write_pictures(rows: list[list[tuple[str, Image.Image]]], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows))
@@ -129,31 +163,33 @@ def _write_pictures(rows: list[list[tuple[str, Image.Image]]], path: str | os.Pa
     figure.savefig(path, dpi=100)
 
 
-def plot_accuracy(results, path: str | os.PathLike, metric: str | None = None) -> None:
+def plot_accuracy(results: Sequence[RuleResult], path: str | os.PathLike[str], metric: str | None = None) -> None:
     """Write accuracy against retention: a line a score, with 95% intervals, and the unpruned model as a dashed line.
 
     Args:
-        results (`list[RuleResult]`): of [`evaluate`], the unpruned model first.
+        results (`Sequence[RuleResult]`): of [`evaluate`], the unpruned model first.
         path (`str` or `os.PathLike`): the picture to write.
         metric (`str`, *optional*): default the first one.
+
+    Raises:
+        ValueError: if there are no results.
     """
+    base = unpruned(results).correct
     from matplotlib.figure import Figure
 
-    from .metrics import bootstrap_interval
-
-    metric = metric or next(iter(results[0].correct))
-    lines: dict[str, list] = {}
+    metric = metric or next(iter(base))
+    lines: dict[str, list[RuleResult]] = {}
     for result in results[1:]:
         kind = "keep_ratio" if result.pruning["threshold"] is None else "threshold"
         label = result.pruning["score"] if kind == "keep_ratio" else f"{result.pruning['score']}, threshold"
         lines.setdefault(label, []).append(result)
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
-    axis.axhline(np.mean(results[0].correct[metric]), color="black", linestyle="--", label="unpruned")
+    axis.axhline(float(np.mean(base[metric])), color="black", linestyle="--", label="unpruned")
     for label, rules in lines.items():
         rules.sort(key=lambda result: result.retention)
         share, mean = [rule.retention for rule in rules], [np.mean(rule.correct[metric]) for rule in rules]
-        spread = np.array([bootstrap_interval(rule.correct[metric]) for rule in rules]).T
+        spread = np.array([bootstrap_interval(np.array(rule.correct[metric])) for rule in rules]).T
         axis.errorbar(share, mean, yerr=np.abs(spread - mean), marker="o", capsize=3, label=label)
     axis.set(xlabel="retention (share of visual tokens kept)", ylabel=f"accuracy ({metric})", ylim=(0, 1.02))
     axis.legend()

@@ -24,9 +24,14 @@ class Question:
 
 
 def read_questions(
-    source: str | os.PathLike, image: str = "image", question: str = "question", answer: str = "answer",
-    split: str = "test", limit: int | None = None, streaming: bool = False,
-) -> Iterator[Question]:  # fmt: skip
+    source: str | os.PathLike[str],
+    image: str = "image",
+    question: str = "question",
+    answer: str = "answer",
+    split: str = "test",
+    limit: int | None = None,
+    streaming: bool = False,
+) -> Iterator[Question]:
     """Examples, one at a time.
 
     Args:
@@ -56,7 +61,7 @@ def read_questions(
         yield Question([_image(cell, folder) for cell in cells], str(row[question]), [str(item) for item in accepted])
 
 
-def _rows(source: str | os.PathLike, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+def _rows(source: str | os.PathLike[str], split: str, streaming: bool) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if path.is_file():
         try:
@@ -73,10 +78,11 @@ def _rows(source: str | os.PathLike, split: str, streaming: bool) -> Iterator[di
                     raise ValueError(f"Line {number + 1} of {path} is no JSON object.")
                 yield row
         return
-    yield from open_dataset(source, split, streaming)
+    for row in open_dataset(source, split, streaming):
+        yield dict(row)
 
 
-def _image(cell, folder: Path) -> Image.Image:
+def _image(cell: Any, folder: Path) -> Image.Image:
     if isinstance(cell, Image.Image):
         return cell.convert("RGB")
     if isinstance(cell, str):

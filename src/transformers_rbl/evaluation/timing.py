@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from transformers.utils.generic import ModelOutput
 
+from ..models.generation_rbl import RBLGenerationMixin
+from ..models.pruning import PruningConfig
 from ..models.seam import CACHE
 
 
 @torch.no_grad()
-def timed_prefill(model, **inputs):
+def timed_prefill(model: RBLGenerationMixin, **inputs: Any) -> tuple[float, int, ModelOutput]:
     """One pass over a prompt, the last logits only.
 
     Args:
@@ -29,20 +34,29 @@ def timed_prefill(model, **inputs):
     return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output[CACHE].layers), output
 
 
-def compare_prefills(model, inputs, rules: dict, repeats: int):
+def compare_prefills(
+    model: RBLGenerationMixin, inputs: Mapping[str, Any], rules: Mapping[str, PruningConfig | None], repeats: int
+) -> tuple[dict[str, float], dict[str, int], ModelOutput]:
     """Prefill under several settings in turn, so that what else the machine does meets all of them.
 
     Args:
         model (`RBLGenerationMixin`): in eval mode.
-        inputs (`BatchFeature`): prompts with their images.
-        rules (`dict[str, PruningConfig | None]`): settings by name; None is the model's own.
+        inputs (`BatchFeature` or `Mapping[str, Any]`): prompts with their images.
+        rules (`Mapping[str, PruningConfig | None]`): settings by name; None is the model's own.
         repeats (`int`): timed prefills of each, after one that warms up.
 
     Returns:
         `tuple[dict[str, float], dict[str, int], ModelOutput]`: by name median seconds and bytes of the KV cache, and
         the last one's output.
+
+    Raises:
+        ValueError: without settings, or for fewer than one repeat.
     """
-    seconds, sizes, output = {name: [] for name in rules}, {}, None
+    if not rules or repeats < 1:
+        raise ValueError("Comparing prefills takes one setting and one repeat at least.")
+    seconds: dict[str, list[float]] = {name: [] for name in rules}
+    sizes: dict[str, int] = {}
+    output = ModelOutput()
     for _ in range(repeats + 1):
         for name, rule in rules.items():
             spent, sizes[name], output = timed_prefill(model, **inputs, pruning=rule)
@@ -50,6 +64,6 @@ def compare_prefills(model, inputs, rules: dict, repeats: int):
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}, sizes, output
 
 
-def _synchronise(device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
