@@ -45,7 +45,7 @@ def forward(old: str):
 
 def add_aliases() -> None:
     """Put every old name that is free into `sys.modules`, and on the package."""
-    package = sys.modules[__package__]
+    package = sys.modules[str(__package__)]
     for old in MOVED.keys() - {"hub"}:
         alias = ModuleType(f"{__package__}.{old}", f"Moved to {', '.join(MOVED[old])}.")
         alias.__spec__ = ModuleSpec(alias.__name__, loader=None)
