@@ -23,6 +23,7 @@ from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.plots import plot_kept
 from transformers_rbl.evaluation.timing import compare_prefills
+from transformers_rbl.wording import describe_pruning
 
 
 OFF = PruningConfig(enabled=False)
@@ -74,7 +75,7 @@ def run(
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     processor = AutoProcessor.from_pretrained(model_id)
 
-    table = Table(title=f"{Path(str(model_id)).name}, {describe(model.pruning)}, {model.device}, {model.dtype}")
+    table = Table(title=f"{Path(str(model_id)).name}, {describe_pruning(model.pruning)}, {model.device}, {model.dtype}")
     for column in ("photo", "visual tokens", "KV cache", "prefill, median", "answer"):
         table.add_column(column, overflow="fold", max_width=34)
     masks, kinds = [], []
@@ -104,11 +105,6 @@ def run(
 
 def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text)
-
-
-def describe(pruning: PruningConfig) -> str:
-    value = f"keep_ratio {pruning.keep_ratio}" if pruning.threshold is None else f"threshold {pruning.threshold}"
-    return f"{value}, score {pruning.score}"
 
 
 def main(

@@ -330,9 +330,20 @@ class _Handler(BaseHTTPRequestHandler):
             {"rfilename": path, "size": len(self.hub.blobs[oid])} for path, oid in repository.files[commit].items()
         ]
         return self._json(
-            {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": repository.private, "tags": [],
-             "downloads": 0, "likes": 0, "siblings": siblings, "gated": False, "disabled": False}
-        )  # fmt: skip
+            {
+                "_id": repo,
+                "id": repo,
+                "modelId": repo,
+                "sha": commit,
+                "private": repository.private,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": siblings,
+                "gated": False,
+                "disabled": False,
+            }
+        )
 
     def _tree(self, body, repo, revision, folder=""):
         repository = self._repository(repo)
@@ -358,9 +369,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Problem(404, "EntryNotFound", "Entry not found")
         content = self.hub.blobs[oid]
         headers = {
-            "X-Repo-Commit": commit, "ETag": f'"{oid}"', "Accept-Ranges": "bytes",
+            "X-Repo-Commit": commit,
+            "ETag": f'"{oid}"',
+            "Accept-Ranges": "bytes",
             "Content-Type": "application/octet-stream",
-        }  # fmt: skip
+        }
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if self.command == "HEAD" or not asked:
             return 200, headers | ({"Content-Length": str(len(content))} if self.command == "HEAD" else {}), content

@@ -26,9 +26,11 @@ def test_a_bare_codebook_makes_nothing_up(tmp_path):
 
 def test_what_a_codebook_knows_is_told():
     built = {
-        "images": {"probed": 90, "count": 100, "source": "coco"}, "words": {"sky|blue": 7},
-        "tokens": {"probed": 960, "p1 below 0.1": 40}, "source": {"file": "a.pt", "sha256": "abc"},
-    }  # fmt: skip
+        "images": {"probed": 90, "count": 100, "source": "coco"},
+        "words": {"sky|blue": 7},
+        "tokens": {"probed": 960, "p1 below 0.1": 40},
+        "source": {"file": "a.pt", "sha256": "abc"},
+    }
     book = RedundancyCodebook(torch.randn(3, 4), "org/model", recommended_threshold=0.4, built_with=built)
     text = codebook_card(book, "org/book").text
     for words in (

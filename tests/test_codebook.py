@@ -129,7 +129,7 @@ def cut(file):
         (lambda f: save_file({"prototypes": torch.full((9, 6), torch.nan)}, f / WEIGHTS_NAME), "NaN"),
         (lambda f: save_file({"other": torch.ones(9, 6)}, f / WEIGHTS_NAME), "holds .*other"),
     ],
-)  # fmt: skip
+)
 def test_damaged_artifacts_name_the_file(codebook, tmp_path, damage, words):
     codebook.save_pretrained(tmp_path)
     damage(tmp_path)

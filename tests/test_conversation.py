@@ -341,9 +341,15 @@ def test_random_turns_equal_starting_over(family, pruned, turns, name, by_forwar
             cache = step[CACHE]
         else:
             output = pruned.generate(
-                input_ids=history, attention_mask=mask, **visual(new), **given_cache, max_new_tokens=4,
-                eos_token_id=None, do_sample=False, return_dict_in_generate=True,
-            )  # fmt: skip
+                input_ids=history,
+                attention_mask=mask,
+                **visual(new),
+                **given_cache,
+                max_new_tokens=4,
+                eos_token_id=None,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
             ends = fresh.shape[1]
             assert torch.equal(output.sequences[:, :ends][fresh != 0], fresh[fresh != 0])
             cache, history = output[CACHE], output.sequences

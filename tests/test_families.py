@@ -47,16 +47,25 @@ def test_towers_of_llava(tmp_path, tower):
 def test_pixtral_images_of_any_size():
     """Its tower takes one image of each size; row ends are text tokens, so every visual token is a patch."""
     text = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=261,
-        pad_token_id=0, initializer_range=0.15,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=261,
+        pad_token_id=0,
+        initializer_range=0.15,
+    )
     vision = PixtralVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=7
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tiny_checkpoint.IMAGE, vision_feature_layer=-1,
-        vision_feature_select_strategy="full", tie_word_embeddings=False,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tiny_checkpoint.IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     stock = LlavaForConditionalGeneration(config).eval()
     config = LlavaForConditionalGenerationRBL.config_class.from_dict({**config.to_dict(), "model_type": "llava_rbl"})

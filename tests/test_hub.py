@@ -71,9 +71,14 @@ def pushed(hub, next_family):
     model = next_family.pruned(codebook=book, keep_ratio=0.3)
     model.config.base_model = STOCK
     model.push_to_hub(
-        MODEL, processor=next_family.processor, with_code=True, license="apache-2.0", token=OWNER_TOKEN,
-        max_shard_size=SMALL, tags=["mine"],
-    )  # fmt: skip
+        MODEL,
+        processor=next_family.processor,
+        with_code=True,
+        license="apache-2.0",
+        token=OWNER_TOKEN,
+        max_shard_size=SMALL,
+        tags=["mine"],
+    )
     book.push_to_hub(BOOK, token=OWNER_TOKEN, license="apache-2.0")
     api.create_tag(MODEL, tag="v1")
     return model
@@ -309,15 +314,21 @@ DAMAGED = {
     "no JSON": ("codebook.json", lambda b: b"{", r"codebook\.json is no codebook description"),
     "fields missing": ("codebook.json", lambda b: b"{}", r"codebook\.json is no codebook description"),
     "a newer version": (
-        "codebook.json", lambda b: b.replace(b'"version": 1', b'"version": 9'), "format version 9.*upgrade"
+        "codebook.json",
+        lambda b: b.replace(b'"version": 1', b'"version": 9'),
+        "format version 9.*upgrade",
     ),
     "unknown settings": (
-        "codebook.json", lambda b: b.replace(b'"base_model"', b'"new": 1, "base_model"'), "new: written by a newer"
+        "codebook.json",
+        lambda b: b.replace(b'"base_model"', b'"new": 1, "base_model"'),
+        "new: written by a newer",
     ),
     "another width": (
-        "codebook.json", lambda b: b.replace(b'"width": 32', b'"width": 31'), "announces prototypes of shape"
+        "codebook.json",
+        lambda b: b.replace(b'"width": 32', b'"width": 31'),
+        "announces prototypes of shape",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -409,8 +420,12 @@ def test_publishing_a_folder(hub, next_family, tmp_path, monkeypatch):
     repository = hub.repositories["org/published"]
     assert repository.private
     assert set(repository.files[repository.resolve("main")]) == {
-        ".gitattributes", "README.md", "codebook.json", "codebook.safetensors", "provenance.csv"
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "codebook.json",
+        "codebook.safetensors",
+        "provenance.csv",
+    }
     weights = folder / "codebook.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "truncated" in run("--dry-run").stderr

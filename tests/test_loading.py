@@ -256,9 +256,13 @@ def test_device_map_and_disk_offload(family, pruned, one, saved, tmp_path):
     model = family.rbl_class.from_pretrained(saved, device_map="cpu")
     assert torch.equal(model.generate(**one, **GREEDY), expected)
     split = {
-        "model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.image_newline": "cpu",
-        "model.codebook": "cpu", "model.language_model": "disk", "lm_head": "cpu",
-    }  # fmt: skip
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.image_newline": "cpu",
+        "model.codebook": "cpu",
+        "model.language_model": "disk",
+        "lm_head": "cpu",
+    }
     model = family.rbl_class.from_pretrained(saved, device_map=split, offload_folder=tmp_path)
     assert torch.equal(model.codebook.prototypes, pruned.codebook.prototypes)
     assert torch.equal(model.generate(**one, **GREEDY), expected)

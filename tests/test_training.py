@@ -63,10 +63,18 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer(model, labelled, folder, **kwargs):
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
-        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        folder,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
         **kwargs.pop("arguments", {}),
-    )  # fmt: skip
+    )
     data = Rows(labelled)
     return Trainer(model, arguments, lambda rows: dict(labelled), train_dataset=data, eval_dataset=data, **kwargs)
 
@@ -140,9 +148,13 @@ def test_evaluation_of_batches_with_and_without_images(family, labelled, tmp_pat
         model = family.pruned()
         model.config.full_length_logits = full_length
         arguments = TrainingArguments(
-            tmp_path, per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True,
+            tmp_path,
+            per_device_eval_batch_size=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
             remove_unused_columns=False,
-        )  # fmt: skip
+        )
         seen = {}
 
         def metrics(prediction, seen=seen):

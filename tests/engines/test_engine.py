@@ -83,9 +83,13 @@ class Served:
         images = [Image.open(path).convert("RGB") for path in request.get("images", ())]
         inputs = self.family.processor(images=images or None, text=[request["prompt"]], return_tensors="pt")
         out = (model or self.model).generate(
-            **inputs, pruning=PruningConfig(keep_ratio=keep_ratio), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, eos_token_id=None,
-        )  # fmt: skip
+            **inputs,
+            pruning=PruningConfig(keep_ratio=keep_ratio),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
         return out[0, inputs.input_ids.shape[1] :].tolist()
 
     def run(self, rounds, model=None, processes=False, expect_failure=False, **job):
@@ -119,7 +123,7 @@ def test_greedy_ids_are_those_of_transformers(served):
         [batch, batch, tight, [{"prompt": "<s>USER: <video>\nWhat moves? ASSISTANT:", "frames": 4}], *alone],
         processes=served.family.name == "llava_next",
         engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True},
-    )  # fmt: skip
+    )
     wanted = [served.expected(request, 0.2) for request in batch]
     assert len({tuple(ids) for ids in wanted}) >= 5, "the answers hardly depend on the images"
     for found in (rounds[0], rounds[1], [one[0] for one in rounds[4:]]):
@@ -262,9 +266,12 @@ def serving(served, *options, **environment):
             {"type": "text", "text": f"What is it, {number}?"},
         ]
         reply = server.client.chat.completions.create(
-            model="rbl", messages=[{"role": "user", "content": content}], max_tokens=8, temperature=0,
+            model="rbl",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=8,
+            temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True, **extra},
-        )  # fmt: skip
+        )
         return reply.choices[0].token_ids, reply.usage.prompt_tokens
 
     common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]

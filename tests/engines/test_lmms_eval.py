@@ -45,9 +45,12 @@ def expected(task):
     """What `rbl evaluate` finds, unpruned and pruned: answers and accuracy."""
     model = rbl_class(MODEL).from_pretrained(MODEL, dtype=torch.float32).eval()
     results, _ = evaluate(
-        model, AutoProcessor.from_pretrained(MODEL), read_questions(task / "questions.jsonl"),
-        [PruningConfig(keep_ratio=RATIO)], ["exact"],
-    )  # fmt: skip
+        model,
+        AutoProcessor.from_pretrained(MODEL),
+        read_questions(task / "questions.jsonl"),
+        [PruningConfig(keep_ratio=RATIO)],
+        ["exact"],
+    )
     return [(result.answers, float(np.mean(result.correct["exact"])), result.retention) for result in results]
 
 
@@ -57,11 +60,30 @@ def harness(task, out, arguments, batch, processes=1):
         launch += ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "-m"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, "lmms_eval", "--model", "rbl", "--model_args", f"pretrained={MODEL},dtype=float32,{arguments}",
-         "--tasks", "digits", "--include_path", task, "--batch_size", str(batch), "--device", "cpu", "--output_path",
-         out, "--log_samples"],
-        env=env, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+        [
+            *launch,
+            "lmms_eval",
+            "--model",
+            "rbl",
+            "--model_args",
+            f"pretrained={MODEL},dtype=float32,{arguments}",
+            "--tasks",
+            "digits",
+            "--include_path",
+            task,
+            "--batch_size",
+            str(batch),
+            "--device",
+            "cpu",
+            "--output_path",
+            out,
+            "--log_samples",
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     results = json.loads(next(out.rglob("*results.json")).read_text())
     lines = next(out.rglob("*samples_digits.jsonl")).read_text().splitlines()

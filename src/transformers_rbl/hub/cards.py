@@ -6,9 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.codebook import RedundancyCodebook
+from ..models.loading import LoadingMixin
+
 
 def model_card(
-    model, repo_id: str = "path/to/this/model", with_code: bool = False, license: str | None = None, tags=None
+    model: LoadingMixin,
+    repo_id: str = "path/to/this/model",
+    with_code: bool = False,
+    license: str | None = None,
+    tags: list[str] | None = None,
 ) -> ModelCard:
     """What a pruned model is, how it is set, and how to use it.
 
@@ -24,9 +31,12 @@ def model_card(
     """
     base, pruning, codebook = model.config.base_model, model.pruning, model.base_model.codebook
     data = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="image-text-to-text", license=license,
-        tags=["visual-token-pruning", "transformers_rbl", "llava", *(tags or ())],
-    )  # fmt: skip
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license=license,
+        tags=["visual-token-pruning", "transformers_rbl", model.family.model_type.replace("_", "-"), *(tags or ())],
+    )
     rows = [("base model", base or "not recorded")]
     if pruning is None or not pruning.enabled:
         rows.append(("pruning", "off: give `pruning=PruningConfig(…)` per call"))
@@ -48,8 +58,8 @@ processor = AutoProcessor.from_pretrained("{repo_id}")"""
 
 # {repo_id.rpartition("/")[2]}
 
-{f"[{base}](https://huggingface.co/{base})" if base else "A LLaVA model"} whose language model sees only the visual
-tokens that say something: tokens that look like a prototype of its codebook leave the prompt
+{f"[{base}](https://huggingface.co/{base})" if base else "A vision-language model"} whose language model
+sees only the visual tokens that say something: tokens that look like a prototype of its codebook leave the prompt
 ([arXiv 2503.20540](https://arxiv.org/abs/2503.20540)). Weights, codebook and settings are all here.
 
 | | |
@@ -73,7 +83,9 @@ model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_co
     return ModelCard(text)
 
 
-def codebook_card(codebook, repo_id: str = "path/to/this/codebook", license: str | None = None) -> ModelCard:
+def codebook_card(
+    codebook: RedundancyCodebook, repo_id: str = "path/to/this/codebook", license: str | None = None
+) -> ModelCard:
     """What the codebook is, what made it, and how to use it.
 
     Args:
@@ -86,9 +98,11 @@ def codebook_card(codebook, repo_id: str = "path/to/this/codebook", license: str
     """
     base = codebook.base_model
     data = ModelCardData(
-        base_model=base, library_name="transformers_rbl", license=license,
+        base_model=base,
+        library_name="transformers_rbl",
+        license=license,
         tags=["visual-token-pruning", "redundancy-codebook", "llava"],
-    )  # fmt: skip
+    )
     built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
     model = base or "path/to/the/model"
     argument = _setting(codebook) or "keep_ratio=0.2"
@@ -98,8 +112,8 @@ def codebook_card(codebook, repo_id: str = "path/to/this/codebook", license: str
 
 # Redundancy codebook{f" for {base}" if base else ""}
 
-Visual tokens that say nothing to {base or "a LLaVA model"}: tokens that look like one of these prototypes are dropped
-before the language model sees them ([arXiv 2503.20540](https://arxiv.org/abs/2503.20540)).
+Visual tokens that say nothing to {base or "a vision-language model"}: tokens that look like one of these
+prototypes are dropped before the language model sees them ([arXiv 2503.20540](https://arxiv.org/abs/2503.20540)).
 
 | | |
 | --- | --- |
@@ -120,7 +134,7 @@ model = rbl_class("{model}").from_pretrained("{model}", codebook="{repo_id}", {a
     return ModelCard(text)
 
 
-def _codebook_rows(codebook) -> list[tuple[str, str]]:
+def _codebook_rows(codebook: RedundancyCodebook) -> list[tuple[str, str]]:
     count, width = codebook.prototypes.shape
     rows = [("prototypes", f"{count} x {width}, float32"), ("base model", codebook.base_model or "not recorded")]
     setting = _setting(codebook)
@@ -141,7 +155,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
 
 
-def _setting(codebook) -> str | None:
+def _setting(codebook: RedundancyCodebook) -> str | None:
     pruning = codebook.recommended_pruning
     if pruning is None:
         return None

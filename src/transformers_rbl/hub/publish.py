@@ -55,9 +55,14 @@ def files_to_publish(folder: str | os.PathLike) -> list[tuple[str, int]]:
 
 
 def publish(
-    folder: str | os.PathLike, repo_id: str, private: bool | None = None, token: str | None = None,
-    revision: str | None = None, create_pr: bool = False, commit_message: str | None = None,
-):  # fmt: skip
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+):
     """Upload a folder to a model repository, made if missing. Raises as [`files_to_publish`] does, before anything is
     uploaded.
 
@@ -74,6 +79,11 @@ def publish(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
-        repo_id=repo_id, folder_path=Path(folder), allow_patterns=names, ignore_patterns=IGNORED, revision=revision,
-        create_pr=create_pr, commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
-    )  # fmt: skip
+        repo_id=repo_id,
+        folder_path=Path(folder),
+        allow_patterns=names,
+        ignore_patterns=IGNORED,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
+    )

@@ -10,7 +10,8 @@ processes (`accelerate launch`). What was kept goes into the harness's log, as i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +33,15 @@ from ..models.seam import MASKS
 
 # What a task's `generation_kwargs` may ask for, besides `until`.
 GENERATION = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty", "length_penalty"
-)  # fmt: skip
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "do_sample",
+    "repetition_penalty",
+    "length_penalty",
+)
 
 
 def manifest() -> ModelManifest:
@@ -68,14 +76,30 @@ class RBL(lmms):
     is_simple = True
 
     def __init__(
-        self, pretrained: str, codebook: str | None = None, keep_ratio: float | None = None,
-        threshold: float | None = None, score: str | None = None, newlines: str | None = None,
-        tiles: str | None = None, min_tokens: int | None = None, prune: bool = True, check_base: bool = True,
-        revision: str | None = None, codebook_revision: str | None = None, dtype: str = "auto",
-        device: str | None = None, device_map: str | None = None, attn_implementation: str | None = None,
-        batch_size: int | str = 1, max_batch_size: int | None = None, chat_template: str | None = None,
-        max_frames: int = 32, max_new_tokens: int = 1024, **unknown,
-    ):  # fmt: skip
+        self,
+        pretrained: str,
+        codebook: str | None = None,
+        keep_ratio: float | None = None,
+        threshold: float | None = None,
+        score: str | None = None,
+        newlines: str | None = None,
+        tiles: str | None = None,
+        min_tokens: int | None = None,
+        prune: bool = True,
+        check_base: bool = True,
+        revision: str | None = None,
+        codebook_revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        chat_template: str | None = None,
+        max_frames: int = 32,
+        max_new_tokens: int = 1024,
+        **unknown,
+    ):
         super().__init__()
         if unknown:
             raise ValueError(f"--model rbl does not know {', '.join(sorted(unknown))}.")
@@ -86,17 +110,33 @@ class RBL(lmms):
         if device_map is not None and self._world_size > 1:
             raise ValueError("device_map splits one model over devices: leave it out with several processes.")
         chosen = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
-        asked = {"keep_ratio": keep_ratio, "threshold": threshold, "score": score, "newlines": newlines, "tiles": tiles,
-                 "min_tokens": min_tokens}  # fmt: skip
+        asked = {
+            "keep_ratio": keep_ratio,
+            "threshold": threshold,
+            "score": score,
+            "newlines": newlines,
+            "tiles": tiles,
+            "min_tokens": min_tokens,
+        }
         asked = {name: value for name, value in asked.items() if value is not None}
         if not prune and asked:
             raise ValueError(f"prune=False is the stock model: {', '.join(asked)} would not be read.")
         pruning = PruningConfig(**asked) if asked else None if prune else PruningConfig(enabled=False)
-        self.model = rbl_class(pretrained, revision=revision).from_pretrained(
-            pretrained, revision=revision, codebook=codebook, codebook_revision=codebook_revision, pruning=pruning,
-            check_base=check_base, dtype=dtype, device_map=device_map or chosen,
-            attn_implementation=attn_implementation,
-        ).eval()  # fmt: skip
+        self.model = (
+            rbl_class(pretrained, revision=revision)
+            .from_pretrained(
+                pretrained,
+                revision=revision,
+                codebook=codebook,
+                codebook_revision=codebook_revision,
+                pruning=pruning,
+                check_base=check_base,
+                dtype=dtype,
+                device_map=device_map or chosen,
+                attn_implementation=attn_implementation,
+            )
+            .eval()
+        )
         self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision)
         self.processor.tokenizer.padding_side = "left"
         if chat_template is not None:
@@ -131,10 +171,16 @@ class RBL(lmms):
             own = torch.tensor([kept, whole, images, said, count], device=self.accelerator.device)
             kept, whole, images, said, count = torch.as_tensor(self.accelerator.reduce(own)).tolist()
         log_metrics(
-            seconds, said, said / seconds if seconds else 0.0,
-            {"visual_tokens": whole / max(images, 1), "visual_tokens_kept": kept / max(images, 1),
-             "retention": kept / max(whole, 1), "total_requests": count},
-        )  # fmt: skip
+            seconds,
+            said,
+            said / seconds if seconds else 0.0,
+            {
+                "visual_tokens": whole / max(images, 1),
+                "visual_tokens_kept": kept / max(images, 1),
+                "retention": kept / max(whole, 1),
+                "total_requests": count,
+            },
+        )
         logger.info(f"Kept {kept} of {whole} visual tokens of {images} images and videos, with {self.settings}")
         return answers
 
@@ -171,7 +217,7 @@ class RBL(lmms):
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _visuals(self, doc_to_visual, doc_id, task, split) -> list:
+    def _visuals(self, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> list:
         """A document's images (RGB), or its videos (paths)."""
         found = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         for visual in found:
@@ -213,7 +259,7 @@ class RBL(lmms):
                 settings.pop(name, None)
         return settings, until
 
-    def _counts(self, inputs, output) -> tuple[int, int, int]:
+    def _counts(self, inputs: Any, output: Any) -> tuple[int, int, int]:
         """Visual tokens kept, visual tokens in all, and images and videos, of a batch."""
         masks = [mask for key in MASKS.values() for mask in output.get(key) or ()]
         if masks:

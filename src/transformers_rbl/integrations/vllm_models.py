@@ -92,7 +92,7 @@ class RBLInfo(Mixed):
 class RBLProcessor(Mixed):
     """Adds to each image what its tokens are and which share of them stays."""
 
-    def _apply_hf_processor_main(self, mm_items, hf_kwargs: Mapping[str, Any]) -> Any:
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         hf_kwargs = dict(hf_kwargs)
         pruning = with_keep_ratio(self.info.pruning, hf_kwargs.pop("keep_ratio", None))
         data = super()._apply_hf_processor_main(mm_items, hf_kwargs)
@@ -108,13 +108,15 @@ class RBLProcessor(Mixed):
                 data["pixel_values"] = [tiles[:1] for tiles in data["pixel_values"]]
         return data
 
-    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
         for name in (KINDS, RATIO, KEPT):
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
-    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence[PromptReplacement]:
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
         token = self.info.get_hf_config().image_token_index
         items = out_mm_kwargs.get("image", [])
 

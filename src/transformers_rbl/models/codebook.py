@@ -7,6 +7,7 @@ import copy
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,16 +169,21 @@ class RedundancyCodebook(nn.Module):
         """
         name = str(pretrained_model_name_or_path)
 
-        def find(filename):
+        def find(filename: str) -> Path:
             if os.path.isdir(name):
                 return Path(name, filename)
             try:
                 return Path(
                     hf_hub_download(
-                        name, filename, revision=revision, token=token, cache_dir=cache_dir,
-                        local_files_only=local_files_only, force_download=force_download,
+                        name,
+                        filename,
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        local_files_only=local_files_only,
+                        force_download=force_download,
                     )
-                )  # fmt: skip
+                )
             except RemoteEntryNotFoundError as error:
                 raise OSError(
                     f"{name} has no {filename}: a codebook's repository holds {CARD_NAME} and {WEIGHTS_NAME}. A "
@@ -261,10 +267,10 @@ class RedundancyCodebook(nn.Module):
             "built_with": self.built_with,
         }
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RedundancyCodebook:
         """Follow a move to another device, but never a cast: `.to(bfloat16)` and back would change the prototypes."""
 
-        def move(tensor):
+        def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 

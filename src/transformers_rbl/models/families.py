@@ -158,7 +158,9 @@ class LlavaFamily(Family):
         outputs[TOKENS] = list(outputs[TOKENS])
         return outputs
 
-    def cls_similarity(self, model, modality, outputs, arguments, base_alone):
+    def cls_similarity(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    ) -> list[torch.Tensor]:
         similarity = self._cls_cosines(model, outputs, arguments)
         if not base_alone:
             parts = list(similarity.split(self.tiles(model, arguments)))
@@ -289,7 +291,9 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         outputs[TOKENS] = [torch.cat([tokens, newline]) for tokens in outputs[TOKENS][0, :-1].split(lengths)]
         return outputs
 
-    def cls_similarity(self, model, modality, outputs, arguments, base_alone):
+    def cls_similarity(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    ) -> list[torch.Tensor]:
         if modality == "image":
             return super().cls_similarity(model, modality, outputs, arguments, base_alone)
         frames = model.apply_pooling(self._cls_cosines(model, outputs, arguments)).flatten()

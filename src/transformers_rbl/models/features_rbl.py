@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .codebook import RedundancyCodebook
@@ -45,7 +46,7 @@ class RBLModelMixin(RBLMixin):
             if stock is not None and hasattr(stock, method.__name__):
                 setattr(cls, method.__name__, as_stock(method, getattr(stock, method.__name__)))
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.add_codebook()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .codebook import RedundancyCodebook
@@ -35,7 +35,7 @@ class RBLGenerationMixin(RBLMixin):
                 if hasattr(stock, method.__name__):
                     setattr(cls, method.__name__, as_stock(method, getattr(stock, method.__name__)))
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.model.__class__ = self.headless  # stock has built a stock one, of the same layout
         self.model.add_codebook()
@@ -230,7 +230,7 @@ class RBLGenerationMixin(RBLMixin):
                 batch_id, torch.cat([ids[batch_id // copies].to(sequence), sequence[compact_length:]])
             )
 
-    def _merge_criteria_processor_list(self, default_list, custom_list):
+    def _merge_criteria_processor_list(self, default_list: list, custom_list: list) -> list:
         """A user's object replaces a default one of its type: decided on the object itself, not on our wrapper."""
         wrappers = {id(item.inner): item for item in custom_list if isinstance(item, _OnOriginal)}
         bare = type(custom_list)(item.inner if isinstance(item, _OnOriginal) else item for item in custom_list)

@@ -294,8 +294,12 @@ def check_base_model(codebook: RedundancyCodebook, base_model: str | None) -> No
 def auto_map(full: Any) -> dict[str, str]:
     """Which class of the code files each Auto class loads, for a config's `auto_map`."""
     config, headless = full.config_class, full.headless
-    places = {"AutoConfig": config, "AutoModel": headless, "AutoModelForImageTextToText": full,
-              "AutoModelForMultimodalLM": full}  # fmt: skip
+    places = {
+        "AutoConfig": config,
+        "AutoModel": headless,
+        "AutoModelForImageTextToText": full,
+        "AutoModelForMultimodalLM": full,
+    }
     return {auto: f"{made.__module__.rpartition('.')[2]}.{made.__name__}" for auto, made in places.items()}
 
 

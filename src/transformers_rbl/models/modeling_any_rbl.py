@@ -35,14 +35,19 @@ def make_classes(model_type: str) -> Any:
     config = _new(names["config"], (RBLConfigMixin, stock_config), {"model_type": f"{model_type}_rbl"})
     family = FAMILIES.get(model_type, Family(model_type))
     headless = _new(
-        names["headless"], (RBLModelMixin, stock_headless), {"config_class": config, "family": family},
+        names["headless"],
+        (RBLModelMixin, stock_headless),
+        {"config_class": config, "family": family},
         stock=stock_headless,
-    )  # fmt: skip
+    )
     doc = f"{stock_full.__name__} whose language model sees only the visual tokens that a codebook keeps."
     full = _new(
-        names["full"], (RBLGenerationMixin, stock_full), {"config_class": config, "__doc__": doc},
-        stock=stock_full, headless=headless,
-    )  # fmt: skip
+        names["full"],
+        (RBLGenerationMixin, stock_full),
+        {"config_class": config, "__doc__": doc},
+        stock=stock_full,
+        headless=headless,
+    )
     for made in (config, headless, full):
         setattr(sys.modules[__name__], made.__name__, made)
     register_classes(full)

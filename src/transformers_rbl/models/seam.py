@@ -85,29 +85,55 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(ALONG, Role.ALONG),
     **dict.fromkeys(
         (
-            "image_sizes", "image_sizes_videos", "batch_num_images", "vision_aspect_ratio", "vision_feature_layer",
-            "vision_feature_layers", "vision_feature_select_strategy", "image_grid_thw", "video_grid_thw",
-            "second_per_grid_ts", "image_position_ids", "video_position_ids", "num_frames_per_video",
-            "pixel_attention_mask", "spatial_shapes", "image_token_pooling", "image_grids", "image_num_crops",
-            "video_token_pooling", "video_grids",
+            "image_sizes",
+            "image_sizes_videos",
+            "batch_num_images",
+            "vision_aspect_ratio",
+            "vision_feature_layer",
+            "vision_feature_layers",
+            "vision_feature_select_strategy",
+            "image_grid_thw",
+            "video_grid_thw",
+            "second_per_grid_ts",
+            "image_position_ids",
+            "video_position_ids",
+            "num_frames_per_video",
+            "pixel_attention_mask",
+            "spatial_shapes",
+            "image_token_pooling",
+            "image_grids",
+            "image_num_crops",
+            "video_token_pooling",
+            "video_grids",
         ),
         Role.VISUAL,
     ),
     **dict.fromkeys(
         (
-            "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
-            "num_items_in_batch", "output_loading_info",
+            "use_cache",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+            "num_items_in_batch",
         ),
         Role.SETTING,
     ),
     **dict.fromkeys(
         (
-            "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
-            "input_features", "input_features_mask", "cache_position",
+            "shift_labels",
+            "cu_seq_lens_q",
+            "cu_seq_lens_k",
+            "max_length_q",
+            "max_length_k",
+            "seq_idx",
+            "input_features",
+            "input_features_mask",
+            "cache_position",
         ),
         Role.REFUSED,
     ),
-}  # fmt: skip
+}  # fmt: skip  (a paragraph a role)
 NEEDED = (Role.IDS, Role.EMBEDS, Role.MASK, Role.POSITIONS, Role.CACHE, Role.PIXELS, Role.ENCODED)
 
 
@@ -225,8 +251,14 @@ class Call:
             ValueError: for one thing under two names.
         """
         call = cls()
-        single = {Role.IDS: "input_ids", Role.EMBEDS: "inputs_embeds", Role.MASK: "attention_mask",
-                  Role.POSITIONS: "position_ids", Role.CACHE: "cache", Role.ROWS: "rows"}  # fmt: skip
+        single = {
+            Role.IDS: "input_ids",
+            Role.EMBEDS: "inputs_embeds",
+            Role.MASK: "attention_mask",
+            Role.POSITIONS: "position_ids",
+            Role.CACHE: "cache",
+            Role.ROWS: "rows",
+        }
         modality = {name: kind for kind, name in PIXELS.items()}
         spelled: dict[str, str] = {}
         for name, value in arguments.items():
@@ -253,11 +285,15 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         """What stock is called with, under the installed names."""
         named = {
-            "input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids, CACHE: self.cache, "logits_to_keep": self.rows,
+            "input_ids": self.input_ids,
+            "inputs_embeds": self.inputs_embeds,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            CACHE: self.cache,
+            "logits_to_keep": self.rows,
             "mm_encoder_outputs": self.features or None,
             **{PIXELS[modality]: pixels for modality, pixels in self.pixels.items()},
-        }  # fmt: skip
+        }
         given = {name: value for name, value in named.items() if value is not None}
         return {**given, **self.visual, **self.along, **self.others}
 
@@ -373,8 +409,10 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     types = call.along.get(TYPES)
     if types is None or call.input_ids is None:
         missing = TYPES if types is None else "input_ids"
-        raise ValueError(f"{missing} is missing: without it, image tokens would be placed like text. Pass all that the "
-                         "processor returns.")  # fmt: skip
+        raise ValueError(
+            f"{missing} is missing: without it, image tokens would be placed like text. Pass all that the "
+            "processor returns."
+        )
     ids, mask, length = call.input_ids, call.attention_mask, call.input_ids.shape[1]
     whole = past.length == 0 or (seen > 0 and _images_of(types, grids))
     if not whole:
