@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tiny_checkpoint
 from conftest import GREEDY, TEXTS, visual
 from transformers_rbl import PruningConfig
 
@@ -55,7 +56,7 @@ def test_the_headless_model_compacts_as_the_full_one(pruned, batch):
 
 
 def test_labels_come_back_compact_and_the_loss_is_theirs(pruned, batch):
-    labels = batch.input_ids.masked_fill((batch.attention_mask == 0) | (batch.input_ids == 3), -100)
+    labels = batch.input_ids.masked_fill((batch.attention_mask == 0) | (batch.input_ids == tiny_checkpoint.IMAGE), -100)
     output = pruned(**batch, labels=labels)
     assert output.labels.shape == output.logits.shape[:2]
     for row in range(len(labels)):

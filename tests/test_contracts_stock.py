@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import tiny_checkpoint
 from conftest import GREEDY, TEXTS, encoded, visual
 from transformers_rbl import PruningConfig
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH
 
 
 OFF, ALL = PruningConfig(enabled=False), PruningConfig(keep_ratio=1.0)
@@ -98,13 +100,13 @@ def test_newline_and_tile_policies(family, pruned, batch, newlines, tiles):
     kinds = pruned.model.token_kinds(**batch)
     base = 16  # a 4 x 4 grid
     for mask, kind in zip(output.keep_masks, kinds, strict=True):
-        has_tiles = bool((kind == 0).any())
-        patches, rows = int((kind != 2).sum()), int((kind == 2).sum())
+        has_tiles = bool((kind == BASE).any())
+        patches, rows = int((kind != NEWLINE).sum()), int((kind == NEWLINE).sum())
         scored = patches if tiles == "all" else base
-        kept_patches = int((mask & (kind != 2)).sum())
-        kept_rows = int((mask & (kind == 2)).sum())
+        kept_patches = int((mask & (kind != NEWLINE)).sum())
+        kept_rows = int((mask & (kind == NEWLINE)).sum())
         assert kept_patches == round(scored * 0.2)
-        assert not mask[base:][kind[base:] == 1].any() or tiles == "all"
+        assert not mask[base:][kind[base:] == PATCH].any() or tiles == "all"
         if rows == 0:
             assert family.name == "llava"
         elif newlines == "last" or not has_tiles:
@@ -113,7 +115,7 @@ def test_newline_and_tile_policies(family, pruned, batch, newlines, tiles):
             assert kept_rows == 0
         else:
             assert kept_rows == rows if newlines == "all" else kept_rows <= rows
-    assert sum(len(kind) for kind in kinds) == (batch.input_ids == 3).sum()
+    assert sum(len(kind) for kind in kinds) == (batch.input_ids == tiny_checkpoint.IMAGE).sum()
     masked = torch.cat(output.keep_masks).sum() + (batch.attention_mask.bool() & (batch.input_ids != 3)).sum()
     assert output.prompt_mask.sum() == masked
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import tiny_checkpoint
 from conftest import GREEDY, TEXTS, encoded, make_family, visual
 from transformers_rbl import LlavaForConditionalGenerationRBL, PruningConfig, RedundancyCodebook, kept_token_count
+from transformers_rbl.models.layout import BASE, NEWLINE
 
 
 ALL = PruningConfig(keep_ratio=1.0)
@@ -100,15 +101,16 @@ def test_large_grids_are_down_sampled_as_stock_does(tmp_path):
     stock, model = family.stock(), family.pruned()
     kinds = model.model.token_kinds(**inputs)[0]
     assert (
-        model.model.family.tiles(model.model, inputs) == [17] and len(kinds) == (inputs.input_ids == 3).sum() < 17 * 16
+        model.model.family.tiles(model.model, inputs) == [17]
+        and len(kinds) == (inputs.input_ids == tiny_checkpoint.IMAGE).sum() < 17 * 16
     )
-    assert (kinds == 0).sum() == 16 and (kinds == 2).sum() == 12  # sixteen rows of patches become twelve
+    assert (kinds == BASE).sum() == 16 and (kinds == NEWLINE).sum() == 12  # sixteen rows of patches become twelve
     assert torch.equal(model.generate(**inputs, **GREEDY, pruning=ALL), stock.generate(**inputs, **GREEDY))
     for settings in (PruningConfig(keep_ratio=0.1), PruningConfig(keep_ratio=0.1, tiles="base", newlines="last")):
         mask = model(**inputs, pruning=settings).keep_masks[0]
-        scored = int((kinds == 0).sum() if settings.tiles == "base" else (kinds != 2).sum())
-        assert mask[kinds != 2].sum() == kept_token_count(scored, 0.1)
-        assert mask[kinds == 2].sum() == (1 if settings.newlines == "last" else 12)
+        scored = int((kinds == BASE).sum() if settings.tiles == "base" else (kinds != NEWLINE).sum())
+        assert mask[kinds != NEWLINE].sum() == kept_token_count(scored, 0.1)
+        assert mask[kinds == NEWLINE].sum() == (1 if settings.newlines == "last" else 12)
 
 
 def test_a_smaller_limit_given_by_the_caller_is_followed(onevision):
@@ -140,7 +142,7 @@ def test_images_beyond_the_cache_keep_their_layout(onevision):
     model = onevision.pruned()
     inputs = onevision.inputs(["<s>USER: see <image> and <image>, then choose. ASSISTANT:"], onevision.images(2))
     ids = inputs.input_ids
-    second = int((ids[0] == 3).nonzero()[17])
+    second = int((ids[0] == tiny_checkpoint.IMAGE).nonzero()[17])
     parts = {"pixel_values": inputs.pixel_values[:1], "image_sizes": inputs.image_sizes[:1]}
     parts["batch_num_images"] = torch.tensor([2])  # one image, no tiles
     prefix = model(input_ids=ids[:, :second], **parts, use_cache=True)

@@ -8,6 +8,7 @@ import torch
 from conftest import GREEDY, make_family, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.layout import NEWLINE
 from transformers_rbl.models.pruning import select_tokens
 from transformers_rbl.models.scorers import SCORERS, score_tokens
 
@@ -153,7 +154,10 @@ def test_models_prune_by_every_scorer(family, pruned, batch, name):
     output = pruned(**batch, pruning=settings)
     kinds = pruned.model.token_kinds(**batch)
     for kept, kind in zip(output.keep_masks, kinds, strict=True):
-        assert kept[kind != 2].sum() == kept_token_count(int((kind != 2).sum()), 0.3) and kept[kind == 2].all()
+        assert (
+            kept[kind != NEWLINE].sum() == kept_token_count(int((kind != NEWLINE).sum()), 0.3)
+            and kept[kind == NEWLINE].all()
+        )
     alone = family.inputs(["<s>USER: <image>\nHow many? ASSISTANT:"], family.images(2)[1:])
     single = pruned(**alone, pruning=settings)
     assert torch.equal(single.keep_masks[0], output.keep_masks[1])
@@ -210,3 +214,17 @@ def test_cls_similarity_of_video_frames(tmp_path):
         grid = torch.cosine_similarity(frame[1:], frame[:1], dim=-1).view(2, 2, 2, 2).mean(dim=(1, 3))  # 2 x 2 pooling
         assert part.nonzero()[:, 0].tolist() == [int(grid.flatten().argmin())]
     assert visual(inputs).keys() == {"pixel_values_videos"}
+
+
+def test_a_scorer_of_the_users_may_read_no_tensor(pruned, one, monkeypatch):
+    """A rule by position alone: every other token."""
+    monkeypatch.setitem(SCORERS, "every_other", lambda count, frame: torch.tensor([0.0, 1.0]).repeat(8))
+    mask = keep_mask(torch.randn(16, 32), PruningConfig(keep_ratio=0.5, score="every_other"))
+    assert mask.tolist() == [True, False] * 8
+
+
+def test_zero_images_get_a_sentence(family, pruned):
+    with pytest.raises(ValueError, match="holds no image: leave it out"):
+        pruned.get_image_features(
+            pixel_values=torch.zeros(0, 3, 28, 28), image_sizes=torch.zeros(0, 2, dtype=torch.long)
+        )
