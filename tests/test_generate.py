@@ -152,6 +152,16 @@ def test_max_and_min_length_count_the_original_prompt(family, one, where):
     assert sequences.shape[1] == one.input_ids.shape[1] + 5
 
 
+@pytest.mark.parametrize("settings", [KEEP, PruningConfig(enabled=False)], ids=["pruned", "off"])
+def test_a_setting_that_is_none_is_a_setting(family, one, settings):
+    """`eos_token_id=None` switches the model's own off."""
+    model = family.pruned()
+    told = new_tokens(model.generate(**one, **GREEDY, eos_token_id=None, pruning=settings), one)
+    model.generation_config.eos_token_id = int(told[0, 2])
+    assert new_tokens(model.generate(**one, **GREEDY, pruning=settings), one).shape[1] <= 3
+    assert torch.equal(new_tokens(model.generate(**one, **GREEDY, eos_token_id=None, pruning=settings), one), told)
+
+
 def test_default_length_is_twenty_new_tokens(stock, pruned, batch):
     with pytest.warns(UserWarning, match="max_new_tokens"):
         length = pruned.generate(**batch, do_sample=False, eos_token_id=None).shape[1]

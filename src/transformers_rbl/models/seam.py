@@ -245,7 +245,7 @@ class Call:
 
     @classmethod
     def read(cls, arguments: dict[str, Any]) -> Call:
-        """Sort arguments by role. Those that are None count as not given.
+        """Sort arguments by role. Those that are None count as not given, but for settings (`eos_token_id=None`).
 
         Raises:
             ValueError: for one thing under two names.
@@ -262,10 +262,12 @@ class Call:
         modality = {name: kind for kind, name in PIXELS.items()}
         spelled: dict[str, str] = {}
         for name, value in arguments.items():
-            if value is None:
-                continue
             role = ROLES.get(name, Role.SETTING)
-            if role in single:
+            if role in (Role.SETTING, Role.REFUSED):
+                call.others[name] = value
+            elif value is None:
+                continue
+            elif role in single:
                 if (place := single[role]) in spelled:
                     raise ValueError(f"The {role.value} was given twice, as {spelled[place]} and {name}: give one.")
                 spelled[place] = name
@@ -276,10 +278,8 @@ class Call:
                 call.visual[name] = value
             elif role is Role.ENCODED:
                 call.features = {kind: features for kind, features in value.items() if features is not None}
-            elif role is Role.ALONG:
-                call.along[name] = value
             else:
-                call.others[name] = value
+                call.along[name] = value
         return call
 
     def arguments(self) -> dict[str, Any]:
@@ -335,7 +335,8 @@ class Call:
 
     def refuse_what_cannot_follow(self) -> None:
         """Raise for arguments that describe the unpruned prompt and could not be shortened with it."""
-        if refused := [name for name in self.others if ROLES.get(name) is Role.REFUSED]:
+        given = [name for name, value in self.others.items() if value is not None]
+        if refused := [name for name in given if ROLES.get(name) is Role.REFUSED]:
             raise ValueError(f"{', '.join(refused)} describes the unpruned prompt and cannot be used with pruning.")
         lengths = {self.prompt.shape[1]}
         if isinstance(self.attention_mask, torch.Tensor):
