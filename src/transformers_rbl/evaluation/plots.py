@@ -127,8 +127,8 @@ def plot_frames(
         keep_masks (`Sequence[torch.BoolTensor]`): per setting, its `(L,)` entry of `outputs.video_keep_masks`.
         labels (`Sequence[str]`): per setting.
         path (`str` or `os.PathLike`): the picture to write.
-        layout ([`VisualLayout`], *optional*): of the video; frames that share a temporal patch share its tokens. Default:
-            a square grid a frame, and one row end after all.
+        layout ([`VisualLayout`], *optional*): of the video; frames that share a temporal patch share its tokens. By
+            default a square grid a frame, and one row end after all.
 
     Raises:
         ValueError: if there are no frames, or a mask is not of so many frames.
