@@ -209,12 +209,6 @@ def test_bad_questions_give_one_sentence(stand, wide, arguments, words):
         ask(stand, *(wide if argument == "photo" else argument for argument in arguments))
 
 
-def test_a_family_that_knows_its_layout_too_late_is_refused(stand, wide, monkeypatch):
-    monkeypatch.setattr(stand.model.model, "layouts", lambda **inputs: None)
-    with pytest.raises(ValueError, match="only its encoder knows where its tokens lie"):
-        demo.asking.image_layout(stand, stand.processor(images=wide, text="<image>", return_tensors="pt"))
-
-
 def test_uploads(tmp_path):
     (tmp_path / "broken.png").write_text("not a photo")
     with pytest.raises(ValueError, match="broken.png is no image"):

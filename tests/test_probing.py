@@ -11,8 +11,9 @@ from transformers.utils import logging
 import tiny_checkpoint
 from conftest import make_family
 from transformers_rbl.building.measures import answer_confidence, answer_divergence, neighbourhoods
-from transformers_rbl.building.probing import RECOMPUTED, Prober, article_tokens, base_pixels, split_prompt
+from transformers_rbl.building.probing import RECOMPUTED, Prober, article_tokens
 from transformers_rbl.building.recipe import Recipe
+from transformers_rbl.building.showing import base_pixels, show_base, split_prompt
 from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.models.seam import CACHE
 from transformers_rbl.prompts import chat_prompt
@@ -104,8 +105,16 @@ class Literal:
 
 
 def prober(family, recipe, articles=(), budget=8192, **kwargs):
-    prefix, suffix = split_prompt(family.processor, recipe.prompt)
-    return Prober(family.stock(**kwargs), prefix, suffix, recipe, articles, budget)
+    return Prober(family.stock(**kwargs), recipe, articles, budget)
+
+
+@torch.no_grad()
+def shown(prober, family, pixels):
+    return show_base(prober.model, *split_prompt(family.processor, prober.recipe.prompt), pixels)
+
+
+def probed(family, prober, pixels):
+    return prober.probe("photo", shown(prober, family, pixels))
 
 
 @pytest.mark.parametrize(("replacement", "budget"), [("pad", 8192), ("pad", 1), ("mean", 200), ("remove", 200)])
@@ -116,7 +125,7 @@ def test_every_quantity_equals_the_transcription(family, replacement, budget):
     pixels = base_pixels(family.processor, family.images(2)[1])
     first = [int(max(range(261), key=lambda i: v[i])) for v in [literal.answer([literal.tokens(pixels)[0][5]])]]
     literal.articles = set(first)  # as if the likeliest answer to one token were an article
-    probe = prober(family, recipe, first, budget).probe("photo", pixels, str)
+    probe = probed(family, prober(family, recipe, first, budget), pixels)
     assert torch.equal(probe.positions, torch.arange(16))
     torch.testing.assert_close(probe.tokens, literal.tokens(pixels)[0], atol=1e-5, rtol=1e-5)
     for row, (p1, divergences, words) in enumerate(literal.probe(pixels, range(16))):
@@ -131,14 +140,17 @@ def test_articles_are_skipped_once(family):
     recipe = Recipe(prompt="Name it.", targets=ALL)
     pixels = base_pixels(family.processor, family.images(1)[0])
     plain, skipping = prober(family, recipe), prober(family, recipe, range(261))
-    tokens, _ = plain.encode(pixels)
+    image = shown(plain, family, pixels)
     literal = Literal(family, recipe, articles=set(range(261)))
-    expected = torch.tensor([literal.answer([token]) for token in tokens[:3]]).float()
-    logits = skipping.single_input(tokens, torch.arange(3))
+    expected = torch.tensor([literal.answer([token]) for token in image.tokens[:3]]).float()
+    with torch.no_grad():
+        logits = skipping.single_input(image, torch.arange(3))
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
-    assert not torch.allclose(logits, plain.single_input(tokens, torch.arange(3)), atol=1e-2)
     off = prober(family, Recipe(prompt="Name it.", targets=ALL, skip_articles=0), range(261))
-    assert torch.equal(off.single_input(tokens, torch.arange(3)), plain.single_input(tokens, torch.arange(3)))
+    with torch.no_grad():
+        unskipped = plain.single_input(image, torch.arange(3))
+        assert torch.equal(off.single_input(image, torch.arange(3)), unskipped)
+    assert not torch.allclose(logits, unskipped, atol=1e-2)
 
 
 def test_targets_by_rank_of_cls_similarity(tmp_path):
@@ -148,7 +160,7 @@ def test_targets_by_rank_of_cls_similarity(tmp_path):
     _, hidden = Literal(family, recipe, set()).tokens(pixels)
     similarity = [float(torch.cosine_similarity(patch, hidden[0], dim=0)) for patch in hidden[1:]]
     order = sorted(range(16), key=lambda i: -similarity[i])
-    probe = prober(family, recipe).probe("photo", pixels, str)
+    probe = probed(family, prober(family, recipe), pixels)
     assert probe.positions.tolist() == sorted([order[0], order[1], order[8], order[15]])
 
 
@@ -156,28 +168,25 @@ def test_towers_without_cls_need_other_targets(tmp_path):
     family = make_family("llava_onevision", tmp_path)
     pixels = base_pixels(family.processor, family.images(1)[0])
     with pytest.raises(ValueError, match=r"\[cls\] token, and this tower has none"):
-        prober(family, Recipe(targets={"by": "cls_rank", "ranks": [[1, 4]]})).probe("photo", pixels, str)
+        probed(family, prober(family, Recipe(targets={"by": "cls_rank", "ranks": [[1, 4]]})), pixels)
     with pytest.raises(ValueError, match="probes position 99, but an image has 16 tokens"):
-        prober(family, Recipe(targets={"by": "positions", "positions": [99]})).probe("photo", pixels, str)
-    assert prober(family, Recipe(targets={"by": "stride", "stride": 5})).probe("p", pixels, str).positions.tolist() == [
-        0,
-        5,
-        10,
-        15,
-    ]
+        probed(family, prober(family, Recipe(targets={"by": "positions", "positions": [99]})), pixels)
+    strided = probed(family, prober(family, Recipe(targets={"by": "stride", "stride": 5})), pixels)
+    assert strided.positions.tolist() == [0, 5, 10, 15]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_runs(family, dtype):
     recipe = Recipe(targets={"by": "stride", "stride": 4})
-    probe = prober(family, recipe, dtype=dtype).probe("photo", base_pixels(family.processor, family.images(1)[0]), str)
+    pixels = base_pixels(family.processor, family.images(1)[0])
+    probe = probed(family, prober(family, recipe, dtype=dtype), pixels)
     assert probe.tokens.dtype == dtype and probe.p1.dtype == torch.float32 and probe.p1.isfinite().all()
 
 
 def test_memory_that_runs_out_halves_the_budget(family, caplog):
     recipe = Recipe(targets=ALL)
     pixels = base_pixels(family.processor, family.images(1)[0])
-    expected = prober(family, recipe).probe("photo", pixels, str)
+    expected = probed(family, prober(family, recipe), pixels)
     small = prober(family, recipe)
 
     def limited(module, args, kwargs):
@@ -187,27 +196,28 @@ def test_memory_that_runs_out_halves_the_budget(family, caplog):
     def broken(module, args):
         raise RuntimeError("broken")
 
-    small.language_model.register_forward_pre_hook(limited, with_kwargs=True)
+    small.model.model.language_model.register_forward_pre_hook(limited, with_kwargs=True)
     logging.enable_propagation()
-    probe = small.probe("photo", pixels, str)
+    probe = probed(family, small, pixels)
     logging.disable_propagation()
     torch.testing.assert_close(probe.p1, expected.p1, atol=1e-5, rtol=0)
     assert small.budget < 8192 and "max_tokens_per_batch" in caplog.text
-    small.language_model.register_forward_pre_hook(broken)
+    small.model.model.language_model.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="broken"):
-        small.probe("photo", pixels, str)
+        probed(family, small, pixels)
 
 
 def test_a_language_model_that_caches_something_else_cannot_be_probed(family):
-    """Linear attention keeps a state in place of keys and values."""
-    model = family.stock()
+    """A model that announces keys and values, and keeps a state in their place."""
+    small = prober(family, Recipe(targets=ALL))
 
     def with_state(module, args, output):
-        output[CACHE].layers[-1] = LinearAttentionLayer()
+        if output[CACHE] is not None:
+            output[CACHE].layers[-1] = LinearAttentionLayer()
 
-    model.model.language_model.register_forward_hook(with_state)
+    small.model.model.language_model.register_forward_hook(with_state)
     with pytest.raises(ValueError, match="caches something else than keys and values"):
-        Prober(model, [5, 6], [7], Recipe(targets=ALL))
+        probed(family, small, base_pixels(family.processor, family.images(1)[0]))
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -240,33 +250,33 @@ def test_what_two_inputs_share_is_computed_once(family):
     def language(module, args, kwargs):
         counts["tokens"] += kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1]
 
-    headless = prober_.headless
+    headless = prober_.model.model
     hooks = [
         headless.vision_tower.register_forward_pre_hook(tower, with_kwargs=True),
         headless.language_model.register_forward_pre_hook(language, with_kwargs=True),
     ]
-    prober_.probe("photo", base_pixels(family.processor, family.images(1)[0]), str)
+    probed(family, prober_, base_pixels(family.processor, family.images(1)[0]))
     for hook in hooks:
         hook.remove()
-    suffix = len(prober_.suffix)
+    prefix, suffix = map(len, split_prompt(family.processor, "Name it."))
     starts = neighbourhoods(torch.arange(16), 4).amin(1)
-    expected = 16 * (1 + suffix) + 2 * 16 * (9 + suffix) + 16 + suffix + int((16 - starts + suffix).sum())
+    expected = prefix + 16 * (1 + suffix) + 2 * 16 * (9 + suffix) + 16 + suffix + int((16 - starts + suffix).sum())
     assert counts == {"tower": 1, "tokens": expected}
 
 
 def test_batching_recomputes_little(family):
     """Rows that share a forward pass start at the earliest one's first changed token."""
     prober_ = prober(family, Recipe(prompt="Name it.", targets=ALL))
-    tokens, _ = prober_.encode(base_pixels(family.processor, family.images(1)[0]))
+    image = shown(prober_, family, base_pixels(family.processor, family.images(1)[0]))
     around, lengths = neighbourhoods(torch.arange(16), 4), []
-    hook = prober_.headless.language_model.register_forward_pre_hook(
+    hook = prober_.model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     with torch.no_grad():
-        prober_.global_leave_one_out(tokens, around)
+        prober_.global_leave_one_out(image, around)
     hook.remove()
-    suffix = len(prober_.suffix)
-    batches = lengths[2:]  # after the whole image's tokens and its answer
+    suffix = len(split_prompt(family.processor, "Name it.")[1])
+    batches = lengths[3:]  # after the prompt's beginning, the whole image's tokens and its answer
     needed = int((16 - around.amin(1) + suffix).sum())
     assert sum(rows for rows, _ in batches) == 16 and 1 < len(batches) < 16
     assert needed < sum(rows * length for rows, length in batches) <= needed * (1 + RECOMPUTED)
@@ -289,17 +299,11 @@ def test_neighbourhoods_are_shifted_inwards():
     around = neighbourhoods(torch.tensor([0, 5, 15, 3]), 4)
     corner, middle = [0, 1, 2, 4, 5, 6, 8, 9, 10], [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert around[0].tolist() == corner and around[1].tolist() == middle
-    assert around[2].tolist() == [5, 6, 7, 9, 10, 11, 13, 14, 15] and around[3].tolist() == [
-        1,
-        2,
-        3,
-        5,
-        6,
-        7,
-        9,
-        10,
-        11,
-    ]
+    assert around[2].tolist() == [5, 6, 7, 9, 10, 11, 13, 14, 15]
+    assert around[3].tolist() == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    wide = neighbourhoods(torch.tensor([0, 9]), (2, 5))  # two rows of five
+    assert wide.tolist() == [[0, 1, 2, 5, 6, 7], [2, 3, 4, 7, 8, 9]]
+    assert neighbourhoods(torch.tensor([4]), (5, 1)).tolist() == [[2, 3, 4]]
     assert neighbourhoods(torch.arange(4), 2).tolist() == [[0, 1, 2, 3]] * 4
 
 

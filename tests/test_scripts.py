@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import quickstart
 from benchmark_prefill import transcription
 from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_retentions
-from transformers_rbl.models.layout import BASE, NEWLINE, PATCH
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, VisualLayout
 from transformers_rbl.models.scorers import max_cosine
 
 
@@ -99,3 +99,21 @@ def test_pictures_of_several_retentions_and_of_frames(tmp_path):
     assert Image.open(tmp_path / "frames.png").size[1] > 400
     with pytest.raises(ValueError, match="3 frames"):
         plot_frames([*photos, photos[0]], [video], ["some"], tmp_path / "no.png")
+
+
+def test_pictures_follow_a_layout_that_is_not_square(tmp_path):
+    """Native resolution: rows and columns of the image, and of every temporal patch, which several frames share."""
+    layout = VisualLayout.of_patches(6, grid=(2, 3))
+    keep = torch.tensor([1, 0, 0, 0, 1, 1]).bool()
+    assert kept_grids(keep, layout)["base"].tolist() == [[True, False, False], [False, True, True]]
+    with pytest.raises(ValueError, match="5 tokens is not of an image of 6"):
+        kept_grids(keep[:5], layout)
+    photos = [Image.new("RGB", (60, 40), "white")] * 4
+    video = VisualLayout.of_patches(12, frames=2, grid=(2, 3))
+    plot_frames(photos, [torch.arange(12) < 6], ["first half"], tmp_path / "frames.png", video)
+    pixels = np.asarray(Image.open(tmp_path / "frames.png").convert("L"))
+    lower = np.array_split(pixels[len(pixels) // 2 :], 4, axis=1)
+    bright = [(part > 200).mean() for part in lower]
+    assert min(bright[:2]) > max(bright[2:]) + 0.2  # two frames to a temporal patch
+    with pytest.raises(ValueError, match="3 frames cannot share the 2 temporal patches"):
+        plot_frames(photos[:3], [torch.arange(12) < 6], ["no"], tmp_path / "no.png", video)

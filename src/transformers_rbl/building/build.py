@@ -16,14 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..hub.cards import codebook_card
 from ..models.codebook import RedundancyCodebook
+from ..models.families import LlavaFamily, LlavaNextFamily
 from .images import ImageSource
-from .probing import Prober, article_tokens, base_pixels, is_supported, split_prompt, tokenizer_of
+from .probing import Prober, article_tokens
 from .processes import Processes
 from .provenance import PROVENANCE_NAME, provenance_table
 from .recipe import Recipe
 from .records import Records, write_whole
 from .report import write_report
 from .selection import Probe, Selection, prototypes, select_prototypes
+from .showing import family_of, show, tokenizer_of, why_not
 
 
 @dataclass
@@ -50,22 +52,19 @@ def describe_run(
     model: PreTrainedModel, processor: ProcessorMixin, model_name: str, recipe: Recipe, images: ImageSource
 ) -> dict[str, Any]:
     """What records are bound to: another recipe, model or image list must not share them."""
-    image_processor = processor.image_processor
-    vision = model.config.vision_config
-    # What part of a photo the base image shows: LLaVA-1.5's processor crops it, those with tiles squeeze it.
-    crops = not hasattr(model.config, "image_grid_pinpoints") and getattr(image_processor, "do_center_crop", False)
-    return {
-        "recipe": recipe.to_dict(),
-        "model": {
-            "name": model_name,
-            "type": model.config.model_type,
-            "grid": vision.image_size // vision.patch_size,
-            "crop": "centre" if crops else "none",
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "weights_sha256": _weights_digest(model),
-        },
-        "images": images.describe(),
+    crops = getattr(processor.image_processor, "do_center_crop", False)
+    vision, family = model.config.vision_config, family_of(model)
+    about: dict[str, Any] = {"name": model_name, "type": model.config.model_type}
+    if isinstance(family, LlavaFamily):  # the others have a grid of their own for each image
+        about["grid"] = vision.image_size // vision.patch_size
+        # What part of a photo the base image shows: LLaVA-1.5's processor crops it, those with tiles squeeze it.
+        crops = crops and not isinstance(family, LlavaNextFamily)
+    about |= {
+        "crop": "centre" if crops else "none",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": _weights_digest(model),
     }
+    return {"recipe": recipe.to_dict(), "model": about, "images": images.describe()}
 
 
 def probe_images(
@@ -82,7 +81,7 @@ def probe_images(
     """Probe this process's share of the images that have no sound record yet, and write their records.
 
     Args:
-        model (`PreTrainedModel`): a stock model of the three families, in eval mode.
+        model (`PreTrainedModel`): a stock model of a family in [`FAMILIES`], in eval mode.
         processor (`ProcessorMixin`): the checkpoint's.
         model_name (`str`): what the model is called in the records.
         images ([`ImageSource`]), recipe ([`Recipe`]): what to probe, and how.
@@ -95,17 +94,16 @@ def probe_images(
         ValueError: if the folder holds records of another build, or the recipe does not fit the model.
         OSError: if a record cannot be written; those written stay.
     """
-    if not is_supported(model):
-        raise ValueError(f"{type(model).__name__} is no LLaVA, LLaVA-NeXT or LLaVA-OneVision model.")
+    if (reason := why_not(model, recipe)) is not None:
+        raise ValueError(reason)
     processes = processes or Processes()
     records = Records(folder, describe_run(model, processor, model_name, recipe, images))
     if processes.index == 0:
         records.begin()
     processes.wait()
-    prefix, suffix = split_prompt(processor, recipe.prompt)
     tokenizer = tokenizer_of(processor)
     articles = article_tokens(tokenizer) if recipe.skip_articles else []
-    prober = Prober(model, prefix, suffix, recipe, articles, max_tokens_per_batch)
+    prober = Prober(model, recipe, articles, max_tokens_per_batch)
 
     unprobed = held_out(len(images), recipe)
     mine = range(processes.index, len(images), processes.count)
@@ -117,12 +115,14 @@ def probe_images(
         for index, name, image in images.items(todo):
             if isinstance(image, Exception):
                 skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
-            elif index in unprobed:
-                tokens, _ = prober.encode(base_pixels(processor, image))
-                records.write_held_out(index, name, tokens)
             else:
-                records.write(index, prober.probe(name, base_pixels(processor, image), _decoder(tokenizer)))
-                result.new += 1
+                with torch.no_grad():
+                    shown = show(model, processor, recipe.prompt, image)
+                if index in unprobed:
+                    records.write_held_out(index, name, shown.tokens)
+                else:
+                    records.write(index, prober.probe(name, shown, _decoder(tokenizer)))
+                    result.new += 1
             bar.update()
     shares = processes.gather([(result.new, result.known, skipped)])
     result.new, result.known = sum(new for new, _, _ in shares), sum(known for _, known, _ in shares)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from ..models.codebook import RedundancyCodebook
 from ..wording import describe_pruning
 from .images import ImageSource
-from .provenance import PROVENANCE_NAME, read_provenance
+from .provenance import PROVENANCE_NAME, grid_of, read_provenance
 
 
 def describe_codebook(book: RedundancyCodebook) -> dict[str, str]:
@@ -87,9 +87,10 @@ def contact_sheet(
         if name in wanted and not isinstance(image, Exception):
             opened[name] = image
     model = book.built_with.get("model", {})
-    if "grid" not in model:
+    grids = [grid_of(row, model) for row in chosen]
+    if None in grids:
         raise ValueError("The codebook does not say how large its images' token grid was: built elsewhere?")
-    shown = [(row, opened[row["image"]]) for row in chosen if row["image"] in opened]
+    shown = [(row, grid, opened[row["image"]]) for row, grid in zip(chosen, grids) if grid and row["image"] in opened]
     if not shown:
         raise ValueError("None of the codebook's source images is among these.")
     columns = min(12, len(shown))
@@ -98,22 +99,25 @@ def contact_sheet(
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
-    for axis, (row, image) in zip(axes, shown):
-        axis.imshow(patch(image, int(row["position"]), model["grid"], model.get("crop") == "centre"))
+    for axis, (row, grid, image) in zip(axes, shown):
+        axis.imshow(patch(image, int(row["position"]), grid, model.get("crop") == "centre"))
         axis.set_title(f"{row['cluster']}: {row['word_1'][:12]}", fontsize=7, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return len(shown), len(wanted - opened.keys())
 
 
-def patch(image: Image.Image, position: int, side: int, centre: bool, around: float = 0.5) -> Image.Image:
-    """The cell of `image` (of its central square, with `centre`) that token `position` of a `side` x `side` grid
-    covers, with `around` cells on each side."""
+def patch(
+    image: Image.Image, position: int, grid: int | tuple[int, int], centre: bool, around: float = 0.5
+) -> Image.Image:
+    """The cell of `image` (of its central square, with `centre`) that token `position` of a grid covers, with `around`
+    cells on each side. The grid is rows and columns; a number is both."""
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     if centre:
         edge = min(image.size)
         image = ImageOps.fit(image, (edge, edge))
-    width, height = image.width / side, image.height / side
-    row, column = divmod(position, side)
+    width, height = image.width / columns, image.height / rows
+    row, column = divmod(position, columns)
     left, right = round((column - around) * width), round((column + 1 + around) * width)
     upper, lower = round((row - around) * height), round((row + 1 + around) * height)
     return image.crop((left, upper, right, lower))

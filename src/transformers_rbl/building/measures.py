@@ -46,12 +46,19 @@ def answer_divergence(
     raise ValueError(f"kind must be upstream or jensen_shannon, got {kind!r}.")
 
 
-def neighbourhoods(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """The 3x3 neighbourhood of each position in a grid of `side` x `side`, shifted inwards at the border: `(T, 9)`
-    positions in raster order (fewer where the grid is smaller than 3x3)."""
-    width = min(3, side)
-    top = (positions // side - 1).clamp(0, side - width)
-    left = (positions % side - 1).clamp(0, side - width)
-    offsets = torch.arange(width)
-    rows, columns = top[:, None] + offsets, left[:, None] + offsets
-    return (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
+def neighbourhoods(positions: torch.Tensor, grid: int | tuple[int, int]) -> torch.Tensor:
+    """The 3x3 neighbourhood of each position in a grid, shifted inwards at the border.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(T,)`): in raster order.
+        grid (`int` or `tuple[int, int]`): rows and columns; a number is both.
+
+    Returns:
+        `torch.LongTensor` of shape `(T, 9)`: positions in raster order, fewer where the grid is smaller than 3x3.
+    """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    height, width = min(3, rows), min(3, columns)
+    top = (positions // columns - 1).clamp(0, rows - height)
+    left = (positions % columns - 1).clamp(0, columns - width)
+    down, across = top[:, None] + torch.arange(height), left[:, None] + torch.arange(width)
+    return (down[:, :, None] * columns + across[:, None, :]).flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from typing import Any
 
 from .recipe import Recipe
 from .selection import Probe, Selection, divergence
@@ -24,10 +25,11 @@ COLUMNS = (
     "word_2",
     "word_3",
 )
+GRID_COLUMNS = ("rows", "columns")
 
 
 def provenance_table(probes: list[Probe], selection: Selection, recipe: Recipe) -> str:
-    """One row a prototype, as CSV.
+    """One row a prototype, as CSV. Where images have grids of their own, it says their rows and columns.
 
     Args:
         probes (`list[Probe]`): what was measured.
@@ -36,8 +38,8 @@ def provenance_table(probes: list[Probe], selection: Selection, recipe: Recipe) 
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    kind = recipe.divergence
+    kind, grids = recipe.divergence, any(probe.grid is not None for probe in probes)
+    table.writerow(COLUMNS + GRID_COLUMNS if grids else COLUMNS)
     for number, (image, row, cluster) in enumerate(zip(selection.image, selection.row, selection.cluster)):
         probe = probes[image]
         measured = (probe.p1, probe.local[kind], probe.globally[kind], divergence(probe, recipe))
@@ -50,6 +52,7 @@ def provenance_table(probes: list[Probe], selection: Selection, recipe: Recipe) 
                 int(cluster),
                 int(selection.unique_images[cluster]),
                 *probe.words[row],
+                *(probe.grid or ()),
             ]
         )
     return text.getvalue()
@@ -58,3 +61,18 @@ def provenance_table(probes: list[Probe], selection: Selection, recipe: Recipe) 
 def read_provenance(text: str) -> list[dict[str, str]]:
     """Rows of a table by column."""
     return list(csv.DictReader(io.StringIO(text)))
+
+
+def grid_of(row: dict[str, str], model: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the image that a prototype comes from.
+
+    Args:
+        row (`dict[str, str]`): of a provenance table.
+        model (`dict[str, Any]`): what the codebook was built with.
+
+    Returns:
+        `tuple[int, int]`; None if neither says it, as for a codebook that was converted.
+    """
+    if row.get("rows"):
+        return int(row["rows"]), int(row["columns"])
+    return (model["grid"], model["grid"]) if "grid" in model else None

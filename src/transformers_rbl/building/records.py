@@ -50,6 +50,11 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / RUN_NAME, (json.dumps(self.run, indent=2) + "\n").encode())
 
+    @property
+    def one_grid(self) -> bool:
+        """Whether all images have the grid that the run names; else each record says its own."""
+        return "grid" in self.run.get("model", {})
+
     def path(self, index: int) -> Path:
         return self.folder / f"{index:08}.safetensors"
 
@@ -58,7 +63,10 @@ class Records:
         tensors = {"positions": probe.positions, "tokens": probe.tokens, "p1": probe.p1}
         for kind in CHOICES["divergence"]:
             tensors[f"local.{kind}"], tensors[f"global.{kind}"] = probe.local[kind], probe.globally[kind]
-        self._write(index, tensors, {"image": probe.image, "words": probe.words})
+        about: dict[str, Any] = {"image": probe.image, "words": probe.words}
+        if probe.grid is not None and not self.one_grid:
+            about["grid"] = list(probe.grid)
+        self._write(index, tensors, about)
 
     def write_held_out(self, index: int, image: str, tokens: torch.Tensor) -> None:
         """Keep all tokens `(n, d)` of an image that is not probed."""
@@ -88,6 +96,7 @@ class Records:
                 local={kind: tensors[f"local.{kind}"] for kind in CHOICES["divergence"]},
                 globally={kind: tensors[f"global.{kind}"] for kind in CHOICES["divergence"]},
                 words=about["words"],
+                grid=tuple(about["grid"]) if "grid" in about else None,
             )
         except (FileNotFoundError, SafetensorError, KeyError, ValueError):
             return None  # cut short, damaged, or of another build: made anew

@@ -30,6 +30,7 @@ class Probe:
         p1 (`torch.FloatTensor` of shape `(T,)`): see [`answer_confidence`].
         local, globally (`dict[str, torch.FloatTensor]`): divergences `(T,)` by kind, see [`answer_divergence`].
         words (`list[list[str]]`): the likeliest single words for each token, best first.
+        grid (`tuple[int, int]`, *optional*): rows and columns of the image's tokens.
     """
 
     image: str
@@ -39,6 +40,7 @@ class Probe:
     local: dict[str, torch.Tensor]
     globally: dict[str, torch.Tensor]
     words: list[list[str]]
+    grid: tuple[int, int] | None = None
 
 
 @dataclass

@@ -65,7 +65,7 @@ def build(
     """
     from ..building.build import Processes, build_codebook, probe_images
     from ..building.images import ImageSource
-    from ..building.records import Records, with_selection
+    from ..building.records import Records, check_probed_as
     from ..models.pruning import PruningConfig
 
     if (from_records is None) == (model is None):
@@ -85,7 +85,7 @@ def build(
             inner = from_records / "records"
             records = Records(inner if inner.is_dir() else from_records)
             chosen = recipe_with(recipe, setting, records.run["recipe"])
-            with_selection(records, chosen)
+            check_probed_as(records, chosen)
             probed, name = None, records.run["model"]["name"]
         else:
             if model is None or images is None or recipe is None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageOps
-from transformers import BatchFeature
 
 from ..evaluation.evaluate import OFF, prompt_inputs
 from ..evaluation.explain import Explanation, explain
 from ..evaluation.questions import Question
 from ..evaluation.timing import compare_prefills
-from ..models.layout import VisualLayout
+from ..inputs import image_arguments, image_runs, layout_of
+from ..models.layout import PATCH, VisualLayout
 from ..models.pruning import PruningConfig
+from ..models.seam import MASKS, TOKENS
 from .loading import FIELDS, GUESSES, RATIO, Demo
 
 
@@ -48,6 +49,7 @@ class Answer:
         stock, pruned ([`Side`]): both models.
         keep_mask (`torch.BoolTensor` of shape `(L,)`): the visual tokens that stayed.
         grids (`dict[str, torch.LongTensor]`): `"base"` and, with tiles, `"tiles"`: `(rows, columns)` places of tokens.
+            Empty where nothing tells where the image's tiles lie.
         explanations (`list[Explanation]`): of all L tokens.
         scores (`tuple[float, float, float]`): least and greatest score, and the greatest one kept.
     """
@@ -78,38 +80,22 @@ def pruning_of(demo: Demo, setting: str, value: float) -> PruningConfig:
     return replace(demo.model.pruning or OFF, **limits, score="cosine", enabled=True)
 
 
-def seen_part(demo: Demo, image: Image.Image, inputs: BatchFeature) -> Image.Image:
+def seen_part(demo: Demo, image: Image.Image, layout: VisualLayout | None) -> Image.Image:
     """The part of an image that its tokens show: all of it, its central square where the processor crops, or more than
     it where the processor pads.
 
     Args:
         demo ([`Demo`]): whose processor.
         image (`PIL.Image.Image`): the photo.
-        inputs (`BatchFeature`): what the processor made of it.
+        layout ([`VisualLayout`], *optional*): where its tokens lie.
     """
-    if "image_sizes" in inputs:  # tiles, or a tower for any shape
-        return image
-    if getattr(demo.processor.image_processor, "do_pad", False):
-        return ImageOps.pad(image, (max(image.size), max(image.size)))
-    if getattr(demo.processor.image_processor, "do_center_crop", False):
-        return ImageOps.fit(image, (min(image.size), min(image.size)))
-    return image
-
-
-def image_layout(demo: Demo, inputs: BatchFeature) -> VisualLayout:
-    """Where the tokens of a prompt's one image lie.
-
-    Args:
-        demo ([`Demo`]): whose model.
-        inputs (`BatchFeature`): the prompt.
-
-    Raises:
-        ValueError: for a family that knows it only once the image is encoded.
-    """
-    layouts = demo.model.model.layouts(**inputs)
-    if layouts is None:
-        raise ValueError(f"The demo cannot show what {demo.name} drops: only its encoder knows where its tokens lie.")
-    return layouts[0]
+    if layout is None or layout.grid is not None or (layout.kinds != PATCH).any():
+        return image  # any shape, or tiles
+    processor, edges = demo.processor.image_processor, image.size
+    can_crop = getattr(processor, "do_center_crop", None)
+    if can_crop is not None and getattr(processor, "do_pad", False):
+        return ImageOps.pad(image, (max(edges), max(edges)))
+    return ImageOps.fit(image, (min(edges), min(edges))) if can_crop else image
 
 
 @torch.no_grad()
@@ -147,23 +133,27 @@ def ask(
     model, pruning = demo.model, pruning_of(demo, setting, value)
     inputs = prompt_inputs(demo.processor, Question([image], question, []), "", model.device, model.dtype)
     seconds, cache, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": pruning}, repeats)
-    keep_mask, layout = output["keep_masks"][0].cpu(), image_layout(demo, inputs)
+    keep_mask = torch.cat(list(output[MASKS["image"]])).cpu()
     sides = {}
     for name, rule, tokens in (("stock", OFF, len(keep_mask)), ("pruned", pruning, int(keep_mask.sum()))):
         ids = model.generate(**inputs, pruning=rule, max_new_tokens=max_new_tokens, do_sample=False)
         answer = demo.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         sides[name] = Side(answer.strip(), tokens, seconds[name], cache[name])
-    visual = {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
-    features = model.get_image_features(**visual, pruning=OFF, return_dict=True).pooler_output[0]
+    images = image_arguments(model, inputs)
+    encoded = model.get_image_features(**images, pruning=OFF, return_dict=True)[TOKENS]
+    entries = model.family.split(model.config, list(encoded))
+    runs = image_runs(model, inputs["input_ids"])
+    layout = layout_of(model.model.layouts(**images), [len(tokens) for tokens in entries], runs)
+    features = torch.cat(entries)
     explanations = explain(model.codebook, features, demo.provenance or [UNKNOWN] * len(model.codebook.prototypes))
     scores = torch.tensor([explanation.score for explanation in explanations])
-    patches = layout.scored(OFF)
+    patches = torch.ones_like(keep_mask) if layout is None else layout.scored(OFF)
     return Answer(
-        image=seen_part(demo, image, inputs),
+        image=seen_part(demo, image, layout),
         stock=sides["stock"],
         pruned=sides["pruned"],
         keep_mask=keep_mask,
-        grids=layout.grids,
+        grids={} if layout is None else layout.grids,
         explanations=explanations,
         scores=(float(scores[patches].min()), float(scores[patches].max()), float(scores[patches & keep_mask].max())),
     )
@@ -186,4 +176,6 @@ def figures(answer: Answer) -> str:
     lines = ["| | stock | pruned | pruned / stock |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | {before} | {after} | {share:.0%} |" for name, before, after, share in rows]
     scores = f"This image's tokens score {low:.2f} to {high:.2f}; the highest score kept is {kept:.2f}."
+    if not answer.grids:
+        scores += " Where its tiles lie in the photo is not known, so none of its patches is shown."
     return "\n".join([*lines, "", scores])

@@ -84,10 +84,10 @@ def source_patch(demo: Demo, nearest: Explanation) -> Image.Image | None:
     """
     built = demo.model.codebook.built_with.get("model", {})
     file = demo.sources.get(nearest.image, demo.sources.get(Path(nearest.image).name))
-    if file is None or "grid" not in built:
+    if file is None or nearest.grid is None:
         return None
     try:
         with Image.open(file) as image:  # as building opened it: not turned upright
-            return enlarged(patch(image.convert("RGB"), nearest.position, built["grid"], built.get("crop") == "centre"))
+            return enlarged(patch(image.convert("RGB"), nearest.position, nearest.grid, built.get("crop") == "centre"))
     except READ_ERRORS:
         return None

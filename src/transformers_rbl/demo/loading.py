@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 
 from ..building.images import READ_ERRORS, SUFFIXES
 from ..building.inspection import provenance_of
+from ..building.recipe import shipped_folders
 from ..models.auto_rbl import rbl_class
 
 
@@ -60,11 +61,13 @@ def default_model() -> Path:
     Raises:
         ValueError: if it is not there, as in an installed package.
     """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "codebooks", package.parents[1] / "codebooks"):
-        if (folder / DEFAULT_MODEL / "config.json").is_file():
-            return folder / DEFAULT_MODEL
-    raise ValueError(f"codebooks/{DEFAULT_MODEL} is not here, so give --model: a checkpoint's folder or Hub id.")
+    for folder in shipped_folders():
+        if folder.name == DEFAULT_MODEL and (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"codebooks/{DEFAULT_MODEL} lies in the repository only, not in an installed package: give --model, a "
+        "checkpoint's folder or Hub id."
+    )
 
 
 def load_demo(

@@ -66,7 +66,7 @@ def interface(demo: Demo) -> gr.Blocks:
             for view in VIEWS
         ]
         no_patch = "", None, gr.Image(None, visible=False)
-        return answer, *texts, gr.Column(visible=True), *pictures, *no_patch
+        return answer, *texts, gr.Column(visible=bool(answer.grids)), *pictures, *no_patch
 
     def clicked(view: str) -> Callable:
         @one_sentence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from ..inputs import image_arguments, image_runs
 from ..models.codebook import RedundancyCodebook
 from ..models.features_rbl import RBLModelMixin
 from ..models.generation_rbl import RBLGenerationMixin
@@ -18,11 +18,10 @@ from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig, select_tokens
 from ..models.scorers import score_tokens
 from ..models.seam import TOKENS
+from .evaluate import OFF, prompt_inputs
 from .metrics import paired_ratio_interval
+from .questions import Question
 from .results import RuleResult, unpruned
-
-
-OFF = PruningConfig(enabled=False)
 
 
 @dataclass
@@ -69,17 +68,17 @@ def image_scores(
     rule = PruningConfig(threshold=0, score=score)
     headless = model.model
     _check_scored(headless, rule)
-    names = inspect.signature(headless.get_image_features).parameters
     scores = []
     for image in images:
-        processed = processor.image_processor(image, return_tensors="pt").to(model.device, model.dtype)
-        arguments = {name: processed[name] for name in names if name in processed}
+        inputs = prompt_inputs(processor, Question([image], "What is shown?", []), "", model.device, model.dtype)
+        arguments, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
         outputs = headless.get_image_features(**arguments, pruning=OFF, return_dict=True)
-        entries = headless.family.split(headless.config, list(outputs[TOKENS]))
+        family = headless.family
+        entries = family.grouped(family.split(headless.config, list(outputs[TOKENS])), runs)
         layouts = headless.layouts(**arguments) or [VisualLayout.of_patches(len(tokens)) for tokens in entries]
         similarities: list[torch.Tensor | None] = [None] * len(entries)
         if rule.needs_cls_similarity:
-            similarities = list(headless.family.cls_similarity(headless, "image", outputs, arguments, False))
+            similarities = list(family.cls_similarity(headless, "image", outputs, arguments, False))
         parts = []
         for tokens, layout, similarity in zip(entries, layouts, similarities, strict=True):
             scored = layout.scored(rule).to(tokens.device)

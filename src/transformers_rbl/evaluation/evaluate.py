@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from ..inputs import image_arguments, image_runs, inputs_with_features
 from ..models.generation_rbl import RBLGenerationMixin
 from ..models.pruning import PruningConfig
+from ..models.seam import MASKS
 from ..prompts import prompt_text
 from ..wording import describe_pruning
 from .metrics import METRICS
@@ -63,23 +65,21 @@ def evaluate(
         if not question.answers:
             raise ValueError(f"The question {question.text!r} has no answer to compare with.")
         inputs = prompt_inputs(processor, question, suffix, model.device, model.dtype)
-        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        visual = {name: inputs[name] for name in inputs if name not in text}
-        encoded = model.get_image_features(**visual, pruning=OFF, return_dict=True)
+        images, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
+        encoded = model.get_image_features(**images, pruning=OFF, return_dict=True)
         references.append(question.answers)
-        totals.append(sum(len(tokens) for tokens in encoded["pooler_output"]))
+        totals.append(sum(runs))
         for place, rule in enumerate(every_rule):
-            features = model.model.prune_image_features(encoded, rule, **visual)
-            masks = features.get("keep_masks")
+            features = model.model.prune_image_features(encoded, rule, runs, **images)
+            masks = features.get(MASKS["image"])
             kept[place].append(totals[-1] if masks is None else sum(int(mask.sum()) for mask in masks))
+            prompt = inputs_with_features(model, inputs, features)
             if number < TIMED_QUESTIONS:
-                seconds, size, _ = timed_prefill(model, **text, mm_encoder_outputs={"image": features})
+                seconds, size, _ = timed_prefill(model, **prompt)
                 prefill_ms[place].append(seconds * 1e3)
                 cache_mib[place].append(size / 2**20)
-            ids = model.generate(
-                **text, mm_encoder_outputs={"image": features}, max_new_tokens=max_new_tokens, do_sample=False
-            )
-            answer = processor.batch_decode(ids[:, text["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+            ids = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+            answer = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
             results[place].answers.append(answer.strip())
     if not references:
         raise ValueError("There are no questions to ask.")

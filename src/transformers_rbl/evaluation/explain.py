@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..building.inspection import patch
+from ..building.provenance import grid_of
 from ..models.codebook import RedundancyCodebook
 
 
@@ -25,6 +26,7 @@ class Explanation:
         prototype (`int`): row of the codebook.
         image, position (`str`, `int`): where the prototype comes from.
         words (`list[str]`): what the model said when shown that one alone, likeliest first.
+        grid (`tuple[int, int]`, *optional*): rows and columns of that image's tokens, where the table says them.
     """
 
     token: int
@@ -33,6 +35,7 @@ class Explanation:
     image: str
     position: int
     words: list[str]
+    grid: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         words = ", ".join(repr(word) for word in self.words)
@@ -65,7 +68,8 @@ def explain(
     for token, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         origin = provenance[row]
         words = [origin[f"word_{k}"] for k in (1, 2, 3)]
-        explanations.append(Explanation(token, score, row, origin["image"], int(origin["position"]), words))
+        position, grid = int(origin["position"]), grid_of(origin, codebook.built_with.get("model", {}))
+        explanations.append(Explanation(token, score, row, origin["image"], position, words, grid))
     return explanations
 
 
@@ -73,7 +77,7 @@ def plot_explanations(
     image: Image.Image,
     explanations: Sequence[Explanation],
     sources: dict[str, Image.Image],
-    grid: int,
+    grid: int | tuple[int, int],
     path: str | os.PathLike[str],
     centre: bool = False,
     most: int = 6,
@@ -84,7 +88,8 @@ def plot_explanations(
         image (`PIL.Image.Image`): whose tokens these are.
         explanations (`Sequence[Explanation]`): of its dropped tokens; evenly chosen by score.
         sources (`dict[str, PIL.Image.Image]`): the codebook's images by name.
-        grid (`int`): tokens along one side of a base image.
+        grid (`int` or `tuple[int, int]`): rows and columns of the image's tokens (a number is both), and of the source
+            images', unless their table says others.
         path (`str` or `os.PathLike`): the picture to write.
         centre (`bool`): whether the processor crops images to their central square.
         most (`int`): pairs at most.
@@ -106,7 +111,7 @@ def plot_explanations(
     for column, item in enumerate(shown):
         axes[0, column].imshow(patch(image, item.token, grid, centre))
         axes[0, column].set_title(f"token {item.token}, cosine {item.score:.2f}", fontsize=8)
-        axes[1, column].imshow(patch(sources[item.image], item.position, grid, centre))
+        axes[1, column].imshow(patch(sources[item.image], item.position, item.grid or grid, centre))
         axes[1, column].set_title(f"alone: {', '.join(item.words)[:28]}", fontsize=8, parse_math=False)
     for axis in axes.flatten():
         axis.axis("off")

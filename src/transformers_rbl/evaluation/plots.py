@@ -10,32 +10,31 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.layout import BASE, NEWLINE, PATCH
+from ..models.layout import NEWLINE, PATCH, VisualLayout
 from .metrics import bootstrap_interval
 from .results import RuleResult, unpruned
 
 
-def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor) -> dict[str, np.ndarray]:
+def kept_grids(keep_mask: torch.Tensor, kinds: torch.Tensor | VisualLayout) -> dict[str, np.ndarray]:
     """One image's kept tokens as grids over the image.
 
     Args:
         keep_mask (`torch.BoolTensor` of shape `(L,)`): an entry of `outputs.keep_masks`.
-        kinds (`torch.LongTensor` of shape `(L,)`): what each token is, from the headless model's `token_kinds`.
+        kinds (`torch.LongTensor` of shape `(L,)` or [`VisualLayout`]): what each token is, from the headless model's
+            `token_kinds` where images without tiles are square, or where each lies, from its `layouts`.
 
     Returns:
         `dict[str, np.ndarray]`: `"base"`, the base image's grid, and `"tiles"`, the grid of all tiles with their
         padding gone, each `(rows, columns)` bool, where the image has them. Both cover the whole image.
+
+    Raises:
+        ValueError: if mask and layout are not of one length.
     """
-    keep_mask, kinds = keep_mask.cpu(), kinds.cpu()
-    rows = max(1, int((kinds == NEWLINE).sum()))
-    base, patches = keep_mask[kinds == BASE], keep_mask[kinds == PATCH]
-    if len(base) == 0:  # a single image without tiles is its own base
-        base, patches = patches, base
-    side = round(len(base) ** 0.5)
-    grids = {"base": base.view(side, side).numpy()}
-    if len(patches):
-        grids["tiles"] = patches.view(rows, -1).numpy()
-    return grids
+    layout = kinds if isinstance(kinds, VisualLayout) else VisualLayout(kinds)
+    if len(keep_mask) != len(layout):
+        raise ValueError(f"A mask of {len(keep_mask)} tokens is not of an image of {len(layout)}.")
+    keep_mask = keep_mask.cpu()
+    return {name: keep_mask[places].numpy() for name, places in layout.grids.items()}
 
 
 def dim_dropped(image: Image.Image, grid: np.ndarray, brightness: float = 0.25) -> Image.Image:
@@ -48,7 +47,7 @@ def dim_dropped(image: Image.Image, grid: np.ndarray, brightness: float = 0.25) 
 def plot_kept(
     images: Sequence[Image.Image],
     keep_masks: Sequence[torch.Tensor],
-    kinds: Sequence[torch.Tensor],
+    kinds: Sequence[torch.Tensor | VisualLayout],
     path: str | os.PathLike[str],
     titles: Sequence[str] | None = None,
 ) -> None:
@@ -56,7 +55,7 @@ def plot_kept(
 
     Args:
         images (`Sequence[PIL.Image.Image]`), keep_masks (`Sequence[torch.BoolTensor]`), kinds
-            (`Sequence[torch.LongTensor]`): per image, see [`kept_grids`].
+            (`Sequence[torch.LongTensor | VisualLayout]`): per image, see [`kept_grids`].
         path (`str` or `os.PathLike`): the picture to write; its suffix gives the format.
         titles (`Sequence[str]`, *optional*): per image.
 
@@ -86,14 +85,15 @@ def plot_kept(
 def plot_retentions(
     images: Sequence[Image.Image],
     keep_masks: Sequence[Sequence[torch.Tensor]],
-    kinds: Sequence[torch.Tensor],
+    kinds: Sequence[torch.Tensor | VisualLayout],
     labels: Sequence[str],
     path: str | os.PathLike[str],
 ) -> None:
     """Write one row a photo: as it is, then what each setting keeps of it (of its tiles, where it has them).
 
     Args:
-        images (`Sequence[PIL.Image.Image]`), kinds (`Sequence[torch.LongTensor]`): per image, see [`plot_kept`].
+        images (`Sequence[PIL.Image.Image]`), kinds (`Sequence[torch.LongTensor | VisualLayout]`): per image, see
+            [`kept_grids`].
         keep_masks (`Sequence[Sequence[torch.BoolTensor]]`): per setting, per image.
         labels (`Sequence[str]`): per setting.
         path (`str` or `os.PathLike`): the picture to write.
@@ -118,6 +118,7 @@ def plot_frames(
     keep_masks: Sequence[torch.Tensor],
     labels: Sequence[str],
     path: str | os.PathLike[str],
+    layout: VisualLayout | None = None,
 ) -> None:
     """Write a video's frames, and below them what each setting keeps of each.
 
@@ -126,21 +127,33 @@ def plot_frames(
         keep_masks (`Sequence[torch.BoolTensor]`): per setting, its `(L,)` entry of `outputs.video_keep_masks`.
         labels (`Sequence[str]`): per setting.
         path (`str` or `os.PathLike`): the picture to write.
+        layout ([`VisualLayout`], *optional*): of the video; frames that share a temporal patch share its tokens. By
+            default a square grid a frame, and one row end after all.
 
     Raises:
-        ValueError: if there are no frames, or a mask is not of so many frames of square grids and one row end.
+        ValueError: if there are no frames, or a mask is not of so many frames.
     """
     _check_any(frames, "frames")
     rows = [[(f"frame {number + 1}", frame) for number, frame in enumerate(frames)]]
     for label, mask in zip(labels, keep_masks, strict=True):
-        side = round(((len(mask) - 1) / len(frames)) ** 0.5)
-        if len(mask) != len(frames) * side**2 + 1:
-            raise ValueError(f"A mask of {len(mask)} tokens is not of {len(frames)} frames of square grids.")
-        grids = mask[:-1].cpu().view(len(frames), side, side).numpy()
+        grids = _frame_grids(mask, len(frames), layout)
         rows.append(
             [(f"{label}: {grid.sum()} of {grid.size}", dim_dropped(frame, grid)) for frame, grid in zip(frames, grids)]
         )
     _write_pictures(rows, path)
+
+
+def _frame_grids(mask: torch.Tensor, frames: int, layout: VisualLayout | None) -> list[np.ndarray]:
+    """What a mask keeps of each frame, `(rows, columns)` bool."""
+    if layout is None:
+        side = round(((len(mask) - 1) / frames) ** 0.5)
+        if len(mask) != frames * side**2 + 1:
+            raise ValueError(f"A mask of {len(mask)} tokens is not of {frames} frames of square grids.")
+        layout = VisualLayout(torch.tensor([PATCH] * (len(mask) - 1) + [NEWLINE]), frames)
+    if frames % layout.frames:
+        raise ValueError(f"{frames} frames cannot share the {layout.frames} temporal patches of this layout.")
+    parts = np.split(kept_grids(mask, layout)["base"], layout.frames)
+    return [parts[number * layout.frames // frames] for number in range(frames)]
 
 
 def _check_any(images: Sequence[Image.Image], what: str) -> None:

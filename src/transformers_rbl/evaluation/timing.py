@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from ..models.generation_rbl import RBLGenerationMixin
@@ -31,7 +32,13 @@ def timed_prefill(model: RBLGenerationMixin, **inputs: Any) -> tuple[float, int,
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     _synchronise(model.device)
     seconds = time.perf_counter() - start
-    return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output[CACHE].layers), output
+    return seconds, cache_bytes(output[CACHE]), output
+
+
+def cache_bytes(cache: Cache) -> int:
+    """What a cache weighs: keys and values, and the states of layers that have none (linear attention)."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
 
 def compare_prefills(

@@ -121,12 +121,20 @@ class RBLModelMixin(RBLMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def prune_image_features(self, outputs: Any, pruning: PruningConfig | dict | None = None, **arguments: Any) -> Any:
+    def prune_image_features(
+        self,
+        outputs: Any,
+        pruning: PruningConfig | dict | None = None,
+        runs: list[int] | None = None,
+        **arguments: Any,
+    ) -> Any:
         """Prune features that were encoded without pruning: several settings on one pass of the vision tower.
 
         Args:
             outputs (`BaseModelOutputWithPooling`): of `get_image_features(…, pruning=PruningConfig(enabled=False))`.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
+            runs (`list[int]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which tiles
+                are one image.
             arguments: the other arguments of that call, `pixel_values` included.
 
         Returns:
@@ -136,7 +144,7 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        pruned[TOKENS] = self.family.split(self.config, list(outputs[TOKENS]))
+        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
         self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, seen=hidden)
         return pruned
