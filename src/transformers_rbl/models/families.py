@@ -63,13 +63,16 @@ class Family:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
-        if not self.runs or runs is None or len(runs) == len(entries):
+    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]]) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images. `runs` are lengths of runs of placeholders: of
+        the whole prompt, and of what a cache does not hold of it; those that the entries fill are theirs."""
+        lengths = [len(entry) for entry in entries]
+        theirs = next((run for run in runs if sum(run) == sum(lengths)), None)
+        if not self.runs or theirs is None:
             return entries
-        ends = set(accumulate(runs))
+        ends = set(accumulate(theirs))
         images: list[list[torch.Tensor]] = [[]]
-        for entry, end in zip(entries, accumulate(map(len, entries))):
+        for entry, end in zip(entries, accumulate(lengths)):
             images[-1].append(entry)
             if end in ends:
                 images.append([])
@@ -263,18 +266,6 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         frame = model.apply_pooling(torch.zeros(1, grid_side(model.config) ** 2, 1)).shape[1]
         return [VisualLayout(torch.tensor([PATCH] * frame * len(v) + [NEWLINE]), len(v)) for v in videos]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
-        if not self.runs or runs is None or len(runs) == len(entries):
-            return entries
-        ends = set(accumulate(runs))
-        images: list[list[torch.Tensor]] = [[]]
-        for entry, end in zip(entries, accumulate(map(len, entries))):
-            images[-1].append(entry)
-            if end in ends:
-                images.append([])
-        return [torch.cat(tiles) for tiles in images if tiles]
-
     def must_encode(self, modality: str, arguments: Arguments) -> bool:
         """Videos of different lengths may come as a list, which the stock class does not take."""
         return modality == "video" and not isinstance(arguments[PIXELS["video"]], torch.Tensor)
@@ -394,7 +385,7 @@ FAMILIES: dict[str, Family] = {
         Family("aya_vision", stacked=True),
         Family("cohere2_vision", stacked=True),
         Family("vipllava", stacked=True),
-        Family("got_ocr2", stacked=True),
+        Family("got_ocr2", stacked=True, runs=True),
         Family("lfm2_vl"),
         Family("deepseek_vl", projector="aligner", stacked=True),
         Family("ovis2", projector="visual_embeddings_table", stacked=True),

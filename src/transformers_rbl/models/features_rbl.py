@@ -88,7 +88,7 @@ class RBLModelMixin(RBLMixin):
         modality: str,
         arguments: dict[str, Any],
         pruning: PruningConfig | dict | None,
-        runs: list[int] | None = None,
+        runs: list[list[int]] | None = None,
     ) -> Any:
         """Encode images or videos and keep what the settings keep.
 
@@ -96,8 +96,8 @@ class RBLModelMixin(RBLMixin):
             modality (`str`): `"image"` or `"video"`.
             arguments (`dict[str, Any]`): of the stock method.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
-            runs (`list[int]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which tiles
-                are one image.
+            runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
+                tiles are one image, see [`Family.grouped`].
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
@@ -115,7 +115,7 @@ class RBLModelMixin(RBLMixin):
         else:
             outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
-            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs)
+            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs or [])
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
