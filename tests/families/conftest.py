@@ -81,18 +81,41 @@ class Kit:
     def inputs(self, *prompts: Prompt) -> dict[str, torch.Tensor]:
         return self.case.inputs(list(prompts))
 
-    def answers(self, model: Any, *prompts: Prompt, **settings: Any) -> list[list[int]]:
-        """What `generate` adds to each prompt, up to and with the end mark."""
-        inputs = self.inputs(*prompts)
-        with torch.no_grad():
-            sequences = model.generate(**inputs, **GREEDY | settings)
-        return answers_of(sequences, inputs["input_ids"].shape[1])
+    def answers(self, model: Any, *prompts: Prompt, **settings: Any) -> list[Answer]:
+        """What `generate` says to each prompt."""
+        return generated(model, self.inputs(*prompts), **settings)
 
 
-def answers_of(sequences: torch.Tensor, length: int) -> list[list[int]]:
-    """What stands behind `length` columns, up to and with the end mark."""
-    rows = sequences[:, length:].tolist()
-    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+@dataclass
+class Answer:
+    """Args: new tokens up to and with the end mark, and the logits `(n, vocabulary)` that they were chosen by."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> list[Answer]:
+    """The answers of `generate`, one per sequence. Of beams the logits are left out: they move between rows."""
+    output = model.generate(
+        **inputs, **GREEDY | settings, return_dict_in_generate=True, output_logits=settings.get("num_beams", 1) == 1
+    )
+    rows = [until_end(row) for row in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+    if output.logits is None:
+        return [Answer(row, torch.empty(0)) for row in rows]
+    logits = torch.stack(list(output.logits), 1)
+    return [Answer(row, logits[i, : len(row)]) for i, row in enumerate(rows)]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+
+
+def same(ours: list[Answer], expected: list[Answer]) -> bool:
+    """Equal tokens, and logits within 2e-4; raises with both where they are not."""
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in expected]
+    for answer, other in zip(ours, expected):
+        torch.testing.assert_close(answer.logits, other.logits, atol=2e-4, rtol=0)
+    return True
 
 
 @pytest.fixture(scope="session")

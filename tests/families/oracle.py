@@ -18,6 +18,7 @@ class State:
         embeds (`torch.Tensor` of shape `(1, n, d)`).
         ids (`torch.LongTensor` of shape `(1, n)`).
         types (`torch.LongTensor` of shape `(1, n)`): 0 text, 1 image, 2 video.
+        told (`torch.LongTensor` of shape `(1, n)`): what stock is told of it.
         places (`list[int]`): positions in the unpruned prompt.
         positions (`torch.LongTensor` of shape `(3, 1, n)`, *optional*): m-RoPE.
         deepstack (`list[torch.Tensor]`): per layer `(visual tokens, d)`.
@@ -26,6 +27,7 @@ class State:
     embeds: torch.Tensor
     ids: torch.Tensor
     types: torch.Tensor
+    told: torch.Tensor
     places: list[int]
     positions: torch.Tensor | None
     deepstack: list[torch.Tensor]
@@ -99,7 +101,8 @@ class Oracle:
             known = {"mm_token_type_ids": inputs["mm_token_type_ids"], "attention_mask": inputs["attention_mask"]}
             positions = self.stock.model.get_rope_index(inputs["input_ids"], **known, **grids)[0][:, :, places]
         return State(
-            torch.stack(embeds)[None], ids[places][None], torch.tensor([types]), places, positions,
+            torch.stack(embeds)[None], ids[places][None], torch.tensor([types]),
+            torch.tensor([[0] * len(types) if self.case.prefix else types]), places, positions,
             [torch.stack(layer) for layer in zip(*layers)],
         )  # fmt: skip
 
@@ -120,7 +123,7 @@ class Oracle:
             ).last_hidden_state  # fmt: skip
             return self.stock.lm_head(hidden)[0]
         if self.case.types:
-            arguments[self.case.types] = state.types
+            arguments[self.case.types] = state.told
         if hasattr(self.stock.get_decoder(), "get_per_layer_inputs"):
             ids = state.ids.masked_fill(state.types > 0, PAD)
             arguments["per_layer_inputs"] = self.stock.get_decoder().get_per_layer_inputs(ids, None)
@@ -140,20 +143,23 @@ class Oracle:
             embeds=torch.cat([state.embeds, self.stock.get_input_embeddings()(ids)], 1),
             ids=torch.cat([state.ids, ids], 1),
             types=torch.cat([state.types, torch.zeros_like(ids)], 1),
+            told=torch.cat([state.told, torch.full_like(ids, int(self.case.prefix))], 1),
             places=[*state.places, *range(first, first + len(words))],
             positions=positions,
         )
 
     @torch.no_grad()
-    def greedy(self, state: State, steps: int) -> list[int]:
-        """An answer, up to and with the end mark."""
-        answer: list[int] = []
-        while len(answer) < steps and EOS not in answer:
-            scores = self.logits(state)[-1].clone()
+    def greedy(self, state: State, steps: int = 6) -> tuple[list[int], torch.Tensor]:
+        """An answer, up to and with the end mark, and the logits `(n, vocabulary)` behind it."""
+        tokens: list[int] = []
+        logits = []
+        while len(tokens) < steps and EOS not in tokens:
+            logits.append(self.logits(state)[-1])
+            scores = logits[-1].clone()
             scores[SPECIAL] = -torch.inf
-            answer.append(int(scores.argmax()))
-            state = self.add(state, answer[-1:])
-        return answer
+            tokens.append(int(scores.argmax()))
+            state = self.add(state, tokens[-1:])
+        return tokens, torch.stack(logits)
 
 
 def _names(modality: str) -> tuple[str, ...]:

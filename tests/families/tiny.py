@@ -66,6 +66,7 @@ class Case:
         image (`Callable`): `(size, draw) -> Picture`.
         sizes (`tuple`): three sizes of images; what a size means is the family's: tiles, or rows and columns.
         types (`str`, *optional*): the argument that tells images from text.
+        prefix (`bool`): what it tells is a first turn (0) from what follows (1), images or not.
         joined_by_prompt (`bool`): tensors have one row per prompt, not per image.
         fill (`dict`): what pads tensors to one shape, where it is not zero.
         video (`Callable`, *optional*): `(frames, size, draw) -> Picture`.
@@ -77,6 +78,7 @@ class Case:
     image: Callable[[Size, Draw], Picture]
     sizes: tuple[Size, Size, Size] = ((3, 4), (5, 2), (2, 3))
     types: str | None = None
+    prefix: bool = False
     joined_by_prompt: bool = False
     fill: dict[str, float] = field(default_factory=dict)
     video: Callable[[int, Size, Draw], Picture] | None = None
@@ -119,7 +121,7 @@ class Case:
     def inputs(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
         """What the processor returns for these prompts, padded on the left."""
         ids = [[token for item in prompt for token in _ids(item)] for prompt in prompts]
-        types = [[kind for item in prompt for kind in _types(item)] for prompt in prompts]
+        types = [[0 if self.prefix else kind for item in prompt for kind in _types(item)] for prompt in prompts]
         longest = max(map(len, ids))
         batch = {
             "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in ids]),
@@ -430,7 +432,7 @@ CASES: dict[str, Case] = {
             _config("PaliGemmaConfig", vision_config=SIGLIP | dict(projection_dim=WIDTH), projection_dim=WIDTH,
                     text_config=_text("GemmaConfig"), hidden_size=WIDTH, image_token_id=IMAGE,
                     image_token_index=IMAGE),
-            tiles(64, 56, marks=([], [])), ONE_TILE,
+            tiles(64, 56, marks=([], [])), ONE_TILE, types="token_type_ids", prefix=True,
         ),
         Case(
             "mistral3",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -18,8 +18,11 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
-from .seam import PIXELS, TOKENS, VIEWS
+from .seam import MODALITIES, PIXELS, TOKENS, TYPES, VIEWS, Call
 
+
+# What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
+CHUNKS, COPIES, UNTYPED = "prefill_chunk_size", "beams or several sequences of several images", "no token_type_ids"
 
 Arguments = dict[str, Any]  # of `get_image_features` or `get_video_features`, by their stock names
 
@@ -35,6 +38,7 @@ class Family:
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
         runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
     """
 
     model_type: str
@@ -42,6 +46,7 @@ class Family:
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
     runs: bool = False
+    refuses: dict[str, str] = field(default_factory=dict)
 
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
         """Per image or video, before anything is encoded; None where a family knows its layout only afterwards."""
@@ -110,6 +115,29 @@ class Family:
     def never_reads(self, config: PreTrainedConfig, key: str) -> bool:
         """Whether a weight is one that no forward pass reads."""
         return False
+
+    def check_call(self, call: Call) -> None:
+        """Refuse a prompt with images that the stock class would read in another way once it is pruned."""
+        if UNTYPED in self.refuses and (call.pixels or call.features) and "token_type_ids" not in call.along:
+            raise ValueError(
+                f"token_type_ids is missing: {self.refuses[UNTYPED]}. Pass everything that the processor returns."
+            )
+
+    def check_generation(self, call: Call, chunked: bool, copies: int) -> None:
+        """Refuse what the stock class generates wrongly.
+
+        Args:
+            call ([`Call`]): of `generate`.
+            chunked (`bool`): whether the prefill is split.
+            copies (`int`): beams, or sequences per prompt.
+        """
+        if chunked and CHUNKS in self.refuses:
+            raise ValueError(f"Leave prefill_chunk_size out for {self.model_type} models: {self.refuses[CHUNKS]}.")
+        if copies > 1 and COPIES in self.refuses and _several_in_one_prompt(call):
+            raise ValueError(
+                f"Beams and num_return_sequences need prompts of one image with {self.model_type} models: "
+                f"{self.refuses[COPIES]}."
+            )
 
 
 @dataclass(frozen=True)
@@ -357,9 +385,24 @@ def cls_cosines(hidden_states: Any, layers: int | list[int]) -> torch.Tensor:
     return torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)[..., None]
 
 
+def _several_in_one_prompt(call: Call) -> bool:
+    """Whether a prompt has more images, or videos, than one, told by token types."""
+    types = call.along.get(TYPES)
+    for kind, modality in enumerate(MODALITIES, start=1):
+        grids, features = call.visual.get(f"{modality}_grid_thw"), call.features.get(modality)
+        count = len(features[TOKENS]) if features is not None else 0 if grids is None else len(grids)
+        rows = len(call.prompt) if types is None else int((types == kind).any(-1).sum())
+        if count > rows:
+            return True
+    return False
+
+
 _DESCRIBES_TILES = (PIXELS["image"], "image_sizes", "batch_num_images", "vision_aspect_ratio")
 
 _idefics_tiles = tiles_of(lambda config: grid_side(config) ** 2 // config.scale_factor**2)
+
+_BOTH_WAYS = {CHUNKS: "visual tokens attend to each other both ways, and a chunk may end among them"}
+_MIXED = {COPIES: "the stock class repeats images one by one and mixes those of a prompt"}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -373,12 +416,15 @@ FAMILIES: dict[str, Family] = {
         GridFamily("qwen3_vl_moe", projector="visual"),
         GridFamily("qwen3_5", projector="visual"),
         GridFamily("qwen3_5_moe", projector="visual"),
-        GridFamily("glm4v", projector="visual"),
-        GridFamily("glm46v", projector="visual"),
+        GridFamily("glm4v", projector="visual", refuses=_MIXED),
+        GridFamily("glm46v", projector="visual", refuses=_MIXED),
         Family("internvl", stacked=True, runs=True),
-        Family("gemma3", stacked=True),
-        Family("gemma4", projector="embed_vision"),
-        Family("paligemma", stacked=True),
+        Family("gemma3", stacked=True, refuses=_BOTH_WAYS),
+        Family("gemma4", projector="embed_vision", refuses=_BOTH_WAYS),
+        Family(
+            "paligemma", stacked=True,
+            refuses={**_BOTH_WAYS, UNTYPED: "without it, PaliGemma's attention depends on whether a prompt is padded"},
+        ),
         Family("smolvlm", projector="connector", stacked=True, units=_idefics_tiles),
         Family("idefics3", projector="connector", stacked=True, units=_idefics_tiles),
         Family("mistral3"),
@@ -388,7 +434,10 @@ FAMILIES: dict[str, Family] = {
         Family("got_ocr2", stacked=True, runs=True),
         Family("lfm2_vl"),
         Family("deepseek_vl", projector="aligner", stacked=True),
-        Family("ovis2", projector="visual_embeddings_table", stacked=True),
+        Family(
+            "ovis2", projector="visual_embeddings_table", stacked=True,
+            refuses={CHUNKS: "the stock class cannot split its visual indicators over chunks"},
+        ),
         Family("kimi_k25", projector="mm_projector"),
     )
 }

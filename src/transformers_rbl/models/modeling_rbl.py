@@ -139,6 +139,7 @@ class RBLMixin(LoadingMixin):
         Raises:
             ValueError: if images and placeholders do not match, or something in the call cannot be shortened.
         """
+        self.family.check_call(call)
         call = call.copy()
         if call.position_ids is None:
             call.position_ids = stock_positions(self, call, past, seen)
