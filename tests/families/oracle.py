@@ -65,8 +65,8 @@ class Oracle:
         return features
 
     @torch.no_grad()
-    def prepare(self, prompt: Prompt, ratio: float) -> State:
-        """The compact prompt."""
+    def prepare(self, prompt: Prompt, ratio: float, first_turn: int | None = None) -> State:
+        """The compact prompt. What stands behind the `first_turn` positions was said later."""
         inputs = self.case.inputs([prompt])
         ids = inputs["input_ids"][0]
         features = self.features(prompt)
@@ -100,9 +100,10 @@ class Oracle:
             grids = {name: value for name, value in inputs.items() if name.endswith("grid_thw")}
             known = {"mm_token_type_ids": inputs["mm_token_type_ids"], "attention_mask": inputs["attention_mask"]}
             positions = self.stock.model.get_rope_index(inputs["input_ids"], **known, **grids)[0][:, :, places]
+        told = [int(first_turn is not None and place >= first_turn) for place in places]
         return State(
             torch.stack(embeds)[None], ids[places][None], torch.tensor([types]),
-            torch.tensor([[0] * len(types) if self.case.prefix else types]), places, positions,
+            torch.tensor([told if self.case.prefix else types]), places, positions,
             [torch.stack(layer) for layer in zip(*layers)],
         )  # fmt: skip
 

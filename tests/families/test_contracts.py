@@ -59,9 +59,9 @@ def test_forward_equals_the_oracle(kit: Kit):
         torch.testing.assert_close(output.logits[0], kit.oracle.logits(state), atol=2e-4, rtol=0)
 
 
-def expected_of(kit: Kit, prompt: Prompt) -> Answer:
+def expected_of(kit: Kit, prompt: Prompt, first_turn: int | None = None) -> Answer:
     """The oracle's answer."""
-    return Answer(*kit.oracle.greedy(kit.oracle.prepare(prompt, RATIO)))
+    return Answer(*kit.oracle.greedy(kit.oracle.prepare(prompt, RATIO, first_turn)))
 
 
 def test_generate_equals_the_oracle(kit: Kit):
@@ -168,7 +168,7 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(kit: Kit, pixels: str)
     prompt = [*kit.one, said, *more[0]]
     visual = kit.case.visual([prompt] if pixels == "all pixels" else more)
     inputs = continued(kit, begun.sequences, first, more, visual)
-    assert same(generated(kit.model, inputs, **{CACHE: begun[CACHE]}), [expected_of(kit, prompt)])
+    assert same(generated(kit.model, inputs, **{CACHE: begun[CACHE]}), [expected_of(kit, prompt, first["input_ids"].shape[1])])
 
 
 def test_a_new_image_in_the_second_turn_of_a_batch(kit: Kit):
@@ -179,7 +179,9 @@ def test_a_new_image_in_the_second_turn_of_a_batch(kit: Kit):
     inputs = continued(kit, begun.sequences, first, more, kit.case.visual(more))
     answers = generated(kit.model, inputs, **{CACHE: begun[CACHE]})
     said = begun.sequences[:, first["input_ids"].shape[1] :].tolist()
-    assert same(answers, [expected_of(kit, [*prompts[row], said[row], *more[row]]) for row in (0, 1)])
+    for row, prompt in enumerate(prompts):
+        length = kit.inputs(prompt)["input_ids"].shape[1]
+        assert same([answers[row]], [expected_of(kit, [*prompt, said[row], *more[row]], length)])
 
 
 @pytest.mark.parametrize("mode", ["chunked", "static", "lookup"])

@@ -38,6 +38,7 @@ class Family:
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
         runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
         refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
     """
 
@@ -46,6 +47,7 @@ class Family:
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
     runs: bool = False
+    video_as_image: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
 
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
@@ -339,6 +341,34 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
 
 @dataclass(frozen=True)
+class LlavaNextVideoFamily(LlavaNextFamily):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT, frames pooled and without row ends."""
+
+    def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout]:
+        if modality == "image":
+            return super().layouts(model, modality, arguments)
+        videos, side = arguments[PIXELS["video"]], grid_side(model.config) // model.config.spatial_pool_stride
+        return [VisualLayout.of_patches(len(frames) * side**2, len(frames), (side, side)) for frames in videos]
+
+    def cls_similarity(self, model, modality, outputs, arguments, base_alone):
+        if modality == "image":
+            return super().cls_similarity(model, modality, outputs, arguments, base_alone)
+        similarity, side = self._cls_cosines(model, outputs, arguments), grid_side(model.config)
+        grids = similarity.view(-1, 1, side, side)
+        pooled = torch.nn.functional.avg_pool2d(grids, model.config.spatial_pool_stride)
+        return list(pooled.reshape(len(arguments[PIXELS["video"]]), -1))
+
+    def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
+        """Stock flattens the first two axes of each video."""
+        return [video[None] for video in tokens] if modality == "video" else tokens
+
+    def select(self, model: Any, modality: str, arguments: Arguments, indices: list[int]) -> Arguments:
+        if modality == "image":
+            return super().select(model, modality, arguments, indices)
+        return {**arguments, PIXELS["video"]: arguments[PIXELS["video"]][indices]}
+
+
+@dataclass(frozen=True)
 class GridFamily(Family):
     """Native resolution: an image is one grid of merged patches, a video one grid per temporal patch."""
 
@@ -409,6 +439,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         LlavaFamily("llava"),
         LlavaNextFamily("llava_next"),
+        LlavaNextVideoFamily("llava_next_video"),
         LlavaOnevisionFamily("llava_onevision"),
         GridFamily("qwen2_vl", projector="visual"),
         GridFamily("qwen2_5_vl", projector="visual"),
@@ -416,8 +447,8 @@ FAMILIES: dict[str, Family] = {
         GridFamily("qwen3_vl_moe", projector="visual"),
         GridFamily("qwen3_5", projector="visual"),
         GridFamily("qwen3_5_moe", projector="visual"),
-        GridFamily("glm4v", projector="visual", refuses=_MIXED),
-        GridFamily("glm46v", projector="visual", refuses=_MIXED),
+        GridFamily("glm4v", projector="visual", video_as_image=True, refuses=_MIXED),
+        GridFamily("glm46v", projector="visual", video_as_image=True, refuses=_MIXED),
         Family("internvl", stacked=True, runs=True),
         Family("gemma3", stacked=True, refuses=_BOTH_WAYS),
         Family("gemma4", projector="embed_vision", refuses=_BOTH_WAYS),

@@ -25,6 +25,7 @@ from .seam import (
     MODALITIES,
     PIXELS,
     TOKENS,
+    TYPES,
     VIEWS,
     Call,
     as_stock,
@@ -166,6 +167,10 @@ class RBLMixin(LoadingMixin):
     def placeholders(self, modality: str, call: Call) -> torch.Tensor:
         """`(batch, L)` bool: where the prompt waits for visual tokens."""
         token_id = getattr(self.config, f"{modality}_token_id")
+        if self.family.video_as_image and call.input_ids is not None and TYPES in call.along:
+            kind = MODALITIES.index(modality) + 1
+            types = call.along[TYPES][:, -call.input_ids.shape[1] :]
+            return (call.input_ids == self.config.image_token_id) & (types == kind)
         if call.input_ids is not None:
             return call.input_ids == token_id
         token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
