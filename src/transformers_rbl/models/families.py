@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -18,8 +18,11 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
-from .seam import PIXELS, TOKENS, VIEWS
+from .seam import MODALITIES, PIXELS, TOKENS, TYPES, VIEWS, Call
 
+
+# What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
+CHUNKS, COPIES, UNTYPED = "prefill_chunk_size", "beams or several sequences of several images", "no token_type_ids"
 
 Arguments = dict[str, Any]  # of `get_image_features` or `get_video_features`, by their stock names
 
@@ -35,6 +38,8 @@ class Family:
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
         runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
+        refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
     """
 
     model_type: str
@@ -42,6 +47,8 @@ class Family:
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
     runs: bool = False
+    video_as_image: bool = False
+    refuses: dict[str, str] = field(default_factory=dict)
 
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
         """Per image or video, before anything is encoded; None where a family knows its layout only afterwards."""
@@ -63,13 +70,16 @@ class Family:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
-        if not self.runs or runs is None or len(runs) == len(entries):
+    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]]) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images. `runs` are lengths of runs of placeholders: of
+        the whole prompt, and of what a cache does not hold of it; those that the entries fill are theirs."""
+        lengths = [len(entry) for entry in entries]
+        theirs = next((run for run in runs if sum(run) == sum(lengths)), None)
+        if not self.runs or theirs is None:
             return entries
-        ends = set(accumulate(runs))
+        ends = set(accumulate(theirs))
         images: list[list[torch.Tensor]] = [[]]
-        for entry, end in zip(entries, accumulate(map(len, entries))):
+        for entry, end in zip(entries, accumulate(lengths)):
             images[-1].append(entry)
             if end in ends:
                 images.append([])
@@ -107,6 +117,29 @@ class Family:
     def never_reads(self, config: PreTrainedConfig, key: str) -> bool:
         """Whether a weight is one that no forward pass reads."""
         return False
+
+    def check_call(self, call: Call) -> None:
+        """Refuse a prompt with images that the stock class would read in another way once it is pruned."""
+        if UNTYPED in self.refuses and (call.pixels or call.features) and "token_type_ids" not in call.along:
+            raise ValueError(
+                f"token_type_ids is missing: {self.refuses[UNTYPED]}. Pass everything that the processor returns."
+            )
+
+    def check_generation(self, call: Call, chunked: bool, copies: int) -> None:
+        """Refuse what the stock class generates wrongly.
+
+        Args:
+            call ([`Call`]): of `generate`.
+            chunked (`bool`): whether the prefill is split.
+            copies (`int`): beams, or sequences per prompt.
+        """
+        if chunked and CHUNKS in self.refuses:
+            raise ValueError(f"Leave prefill_chunk_size out for {self.model_type} models: {self.refuses[CHUNKS]}.")
+        if copies > 1 and COPIES in self.refuses and _several_in_one_prompt(call):
+            raise ValueError(
+                f"Beams and num_return_sequences need prompts of one image with {self.model_type} models: "
+                f"{self.refuses[COPIES]}."
+            )
 
 
 @dataclass(frozen=True)
@@ -265,18 +298,6 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         frame = model.apply_pooling(torch.zeros(1, grid_side(model.config) ** 2, 1)).shape[1]
         return [VisualLayout(torch.tensor([PATCH] * frame * len(v) + [NEWLINE]), len(v)) for v in videos]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
-        if not self.runs or runs is None or len(runs) == len(entries):
-            return entries
-        ends = set(accumulate(runs))
-        images: list[list[torch.Tensor]] = [[]]
-        for entry, end in zip(entries, accumulate(map(len, entries))):
-            images[-1].append(entry)
-            if end in ends:
-                images.append([])
-        return [torch.cat(tiles) for tiles in images if tiles]
-
     def must_encode(self, modality: str, arguments: Arguments) -> bool:
         """Videos of different lengths may come as a list, which the stock class does not take."""
         return modality == "video" and not isinstance(arguments[PIXELS["video"]], torch.Tensor)
@@ -321,6 +342,34 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         """As stock reads `batch_num_images`."""
         per_prompt = arguments.get("batch_num_images")
         return [True] * count if per_prompt is None else [int(n) == 1 for n in per_prompt for _ in range(int(n))]
+
+
+@dataclass(frozen=True)
+class LlavaNextVideoFamily(LlavaNextFamily):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT, frames pooled and without row ends."""
+
+    def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout]:
+        if modality == "image":
+            return super().layouts(model, modality, arguments)
+        videos, side = arguments[PIXELS["video"]], grid_side(model.config) // model.config.spatial_pool_stride
+        return [VisualLayout.of_patches(len(frames) * side**2, len(frames), (side, side)) for frames in videos]
+
+    def cls_similarity(self, model, modality, outputs, arguments, base_alone):
+        if modality == "image":
+            return super().cls_similarity(model, modality, outputs, arguments, base_alone)
+        similarity, side = self._cls_cosines(model, outputs, arguments), grid_side(model.config)
+        grids = similarity.view(-1, 1, side, side)
+        pooled = torch.nn.functional.avg_pool2d(grids, model.config.spatial_pool_stride)
+        return list(pooled.reshape(len(arguments[PIXELS["video"]]), -1))
+
+    def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
+        """Stock flattens the first two axes of each video."""
+        return [video[None] for video in tokens] if modality == "video" else tokens
+
+    def select(self, model: Any, modality: str, arguments: Arguments, indices: list[int]) -> Arguments:
+        if modality == "image":
+            return super().select(model, modality, arguments, indices)
+        return {**arguments, PIXELS["video"]: arguments[PIXELS["video"]][indices]}
 
 
 @dataclass(frozen=True)
@@ -370,15 +419,31 @@ def cls_cosines(hidden_states: Any, layers: int | list[int]) -> torch.Tensor:
     return torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)[..., None]
 
 
+def _several_in_one_prompt(call: Call) -> bool:
+    """Whether a prompt has more images, or videos, than one, told by token types."""
+    types = call.along.get(TYPES)
+    for kind, modality in enumerate(MODALITIES, start=1):
+        grids, features = call.visual.get(f"{modality}_grid_thw"), call.features.get(modality)
+        count = len(features[TOKENS]) if features is not None else 0 if grids is None else len(grids)
+        rows = len(call.prompt) if types is None else int((types == kind).any(-1).sum())
+        if count > rows:
+            return True
+    return False
+
+
 _DESCRIBES_TILES = (PIXELS["image"], "image_sizes", "batch_num_images", "vision_aspect_ratio")
 
 _idefics_tiles = tiles_of(lambda config: grid_side(config) ** 2 // config.scale_factor**2)
+
+_BOTH_WAYS = {CHUNKS: "visual tokens attend to each other both ways, and a chunk may end among them"}
+_MIXED = {COPIES: "the stock class repeats images one by one and mixes those of a prompt"}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         LlavaFamily("llava"),
         LlavaNextFamily("llava_next"),
+        LlavaNextVideoFamily("llava_next_video"),
         LlavaOnevisionFamily("llava_onevision"),
         GridFamily("qwen2_vl", projector="visual"),
         GridFamily("qwen2_5_vl", projector="visual"),
@@ -386,22 +451,31 @@ FAMILIES: dict[str, Family] = {
         GridFamily("qwen3_vl_moe", projector="visual"),
         GridFamily("qwen3_5", projector="visual"),
         GridFamily("qwen3_5_moe", projector="visual"),
-        GridFamily("glm4v", projector="visual"),
-        GridFamily("glm46v", projector="visual"),
+        GridFamily("glm4v", projector="visual", video_as_image=True, refuses=_MIXED),
+        GridFamily("glm46v", projector="visual", video_as_image=True, refuses=_MIXED),
         Family("internvl", stacked=True, runs=True),
-        Family("gemma3", stacked=True),
-        Family("gemma4", projector="embed_vision"),
-        Family("paligemma", stacked=True),
+        Family("gemma3", stacked=True, refuses=_BOTH_WAYS),
+        Family("gemma4", projector="embed_vision", refuses=_BOTH_WAYS),
+        Family(
+            "paligemma",
+            stacked=True,
+            refuses={**_BOTH_WAYS, UNTYPED: "without it, PaliGemma's attention depends on whether a prompt is padded"},
+        ),
         Family("smolvlm", projector="connector", stacked=True, units=_idefics_tiles),
         Family("idefics3", projector="connector", stacked=True, units=_idefics_tiles),
         Family("mistral3"),
         Family("aya_vision", stacked=True),
         Family("cohere2_vision", stacked=True),
         Family("vipllava", stacked=True),
-        Family("got_ocr2", stacked=True),
+        Family("got_ocr2", stacked=True, runs=True),
         Family("lfm2_vl"),
         Family("deepseek_vl", projector="aligner", stacked=True),
-        Family("ovis2", projector="visual_embeddings_table", stacked=True),
+        Family(
+            "ovis2",
+            projector="visual_embeddings_table",
+            stacked=True,
+            refuses={CHUNKS: "the stock class cannot split its visual indicators over chunks"},
+        ),
         Family("kimi_k25", projector="mm_projector"),
     )
 }

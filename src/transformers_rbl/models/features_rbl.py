@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +36,20 @@ def get_video_features(self, *args, pruning: PruningConfig | dict | None = None,
             `PruningConfig(enabled=False)` gives the stock model's features.
     """
     return self.features("video", bound(self.stock.get_video_features, self, args, kwargs), pruning)
+
+
+_in_stock: ContextVar[bool] = ContextVar("in_stock", default=False)
+
+
+@contextmanager
+def stock_encodes() -> Iterator[None]:
+    """While a stock encoder runs, the encoders that it calls on `self` are stock's too: Qwen3-VL's encodes videos by
+    `self.get_image_features`. A context variable is of one thread, and nothing is written on the module."""
+    token = _in_stock.set(True)
+    try:
+        yield
+    finally:
+        _in_stock.reset(token)
 
 
 class RBLModelMixin(RBLMixin):
@@ -89,7 +106,7 @@ class RBLModelMixin(RBLMixin):
         modality: str,
         arguments: dict[str, Any],
         pruning: PruningConfig | dict | None,
-        runs: list[int] | None = None,
+        runs: list[list[int]] | None = None,
     ) -> Any:
         """Encode images or videos and keep what the settings keep.
 
@@ -97,26 +114,28 @@ class RBLModelMixin(RBLMixin):
             modality (`str`): `"image"` or `"video"`.
             arguments (`dict[str, Any]`): of the stock method.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
-            runs (`list[int]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which tiles
-                are one image.
+            runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
+                tiles are one image, see [`Family.grouped`].
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
         """
         pruning = self.active_pruning(pruning)
-        if pruning is None and not self.family.must_encode(modality, arguments):
-            return getattr(self.stock, f"get_{modality}_features")(self, **arguments)
+        if _in_stock.get() or (pruning is None and not self.family.must_encode(modality, arguments)):
+            with stock_encodes():
+                return getattr(self.stock, f"get_{modality}_features")(self, **arguments)
         return_dict = arguments.pop("return_dict", None)
         if len(arguments[PIXELS[modality]]) == 0:
             raise ValueError(f"{PIXELS[modality]} holds no {modality}: leave it out.")
         layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
-        if base_alone:
-            outputs = self.family.encode_base(self, arguments)
-        else:
-            outputs = self.family.encode(self, modality, arguments)
+        with stock_encodes():
+            if base_alone:
+                outputs = self.family.encode_base(self, arguments)
+            else:
+                outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
-            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs)
+            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs or [])
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

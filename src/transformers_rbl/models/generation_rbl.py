@@ -149,6 +149,8 @@ class RBLGenerationMixin(RBLMixin):
             raise ValueError(
                 "This version of transformers cannot split images over chunks: prefill_chunk_size needs a newer one."
             )
+        copies = max(self._option(call, "num_beams", 1), self._option(call, "num_return_sequences", 1))
+        self.family.check_generation(call, bool(self._option(call, "prefill_chunk_size")), copies)
 
     def _infer_attention_mask(self, call: Call, prompt: torch.Tensor) -> torch.Tensor:
         """As stock `generate` does: padding is told by its id, unless that also ends sequences."""

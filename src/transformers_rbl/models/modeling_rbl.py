@@ -25,6 +25,7 @@ from .seam import (
     MODALITIES,
     PIXELS,
     TOKENS,
+    TYPES,
     VIEWS,
     Call,
     as_stock,
@@ -139,10 +140,11 @@ class RBLMixin(LoadingMixin):
         Raises:
             ValueError: if images and placeholders do not match, or something in the call cannot be shortened.
         """
+        self.family.check_call(call)
         call = call.copy()
         if call.position_ids is None:
             call.position_ids = stock_positions(self, call, past, seen)
-        features = self._encode(call, pruning)
+        features = self._encode(call, pruning, seen)
         if seen:
             features = self._beyond_cache(features, call, seen)
         for name in ("input_ids", "inputs_embeds"):
@@ -165,6 +167,10 @@ class RBLMixin(LoadingMixin):
     def placeholders(self, modality: str, call: Call) -> torch.Tensor:
         """`(batch, L)` bool: where the prompt waits for visual tokens."""
         token_id = getattr(self.config, f"{modality}_token_id")
+        if self.family.video_as_image and call.input_ids is not None and TYPES in call.along:
+            kind = MODALITIES.index(modality) + 1
+            types = call.along[TYPES][:, -call.input_ids.shape[1] :]
+            return (call.input_ids == self.config.image_token_id) & (types == kind)
         if call.input_ids is not None:
             return call.input_ids == token_id
         token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
@@ -179,7 +185,7 @@ class RBLMixin(LoadingMixin):
     def _encoder(self, modality: str) -> Any:
         return getattr(self.base_model, f"get_{modality}_features")
 
-    def _encode(self, call: Call, pruning: PruningConfig | None) -> dict[str, Any]:
+    def _encode(self, call: Call, pruning: PruningConfig | None, seen: int) -> dict[str, Any]:
         """Visual features by modality, encoded here or passed in. Pixels leave the call."""
         features, call.features = call.features, {}
         if features and pruning is not None:
@@ -191,7 +197,8 @@ class RBLMixin(LoadingMixin):
             if modality in features:
                 raise ValueError(f"Give either {PIXELS[modality]} or mm_encoder_outputs for the {modality}s, not both.")
             arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
-            runs = run_lengths(self.placeholders(modality, call)) if self.family.runs else None
+            slots = self.placeholders(modality, call)
+            runs = [run_lengths(slots), run_lengths(slots[:, seen:])] if self.family.runs else None
             features[modality] = self.base_model.features(modality, arguments, pruning, runs)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features

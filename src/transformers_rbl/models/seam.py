@@ -414,21 +414,32 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
             f"{missing} is missing: without it, image tokens would be placed like text. Pass all that the "
             "processor returns."
         )
-    ids, mask, length = call.input_ids, call.attention_mask, call.input_ids.shape[1]
-    whole = past.length == 0 or (seen > 0 and _images_of(types, grids))
-    if not whole:
-        if past.memory is None:
-            raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
-        ids, length = ids[:, seen:], length - seen
-    own_mask = None if mask is None else mask[:, -length:]
-    positions, _ = rope(ids, **described, **{TYPES: types[:, -length:], "attention_mask": own_mask})
-    return positions if whole else positions + past.next_position(mask)[:, None]
+    length = call.input_ids.shape[1]
+    types, mask = types[:, -length:], None if call.attention_mask is None else call.attention_mask[:, -length:]
+    shown = types if mask is None else types * mask
+    merge = model.base_model.config.vision_config.spatial_merge_size
+    whole = past.length == 0 or (seen > 0 and _missing(shown, grids, merge) is None)
+    first = 0 if whole else seen
+    if (missing := _missing(shown[:, first:], grids, merge)) is not None:
+        raise ValueError(
+            f"{missing}: use the checkpoint's own processor, hide no part of an image by the attention mask, "
+            "and behind a cache give the pixels of all images or of the new ones."
+        )
+    if not whole and past.memory is None:
+        raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
+    own_mask = None if mask is None else mask[:, first:]
+    positions, _ = rope(call.input_ids[:, first:], **described, **{TYPES: types[:, first:], "attention_mask": own_mask})
+    return positions if whole else positions + past.next_position(call.attention_mask)[:, None]
 
 
-def _images_of(types: torch.Tensor, grids: dict[str, torch.Tensor]) -> bool:
-    """Whether there is a grid for every run of image tokens."""
-    runs = (types == 1).long().diff(dim=1, prepend=types.new_zeros(len(types), 1)).eq(1).sum()
-    return "image" not in grids or int(runs) == len(grids["image"])
+def _missing(shown: torch.Tensor, grids: dict[str, torch.Tensor], merge: int) -> str | None:
+    """What does not fit between the attended token types `(batch, n)` and the grids given; None if all does."""
+    for kind, modality in enumerate(MODALITIES, start=1):
+        placeholders = int((shown == kind).sum())
+        tokens = int(grids[modality].prod(-1).sum()) // merge**2 if modality in grids else 0
+        if placeholders != tokens:
+            return f"The prompt has {placeholders} {modality} placeholders, its {modality}s {tokens} visual tokens"
+    return None
 
 
 def can_chunk_images() -> bool:
