@@ -135,7 +135,7 @@ class RBLModelMixin(RBLMixin):
             else:
                 outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
-            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs or [])
+            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], *(runs or ()))
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
