@@ -241,7 +241,7 @@ def test_another_family_is_named(family, tmp_path):
 def test_the_class_for_a_checkpoint(family, saved, tmp_path):
     assert rbl_class(family.folder) is rbl_class(saved) is family.rbl_class
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a bert model.*llava, llava_next, llava_onevision, .*allow_untested"):
+    with pytest.raises(ValueError, match="is a bert model.*llava, llava_next, .*qwen3_vl, .*allow_untested"):
         rbl_class(tmp_path)
 
 

@@ -57,7 +57,7 @@ def test_a_renamed_argument_of_a_stock_class_is_refused_when_the_class_is_made(f
     for stock, mixin in ((family.stock_class, RBLGenerationMixin), (family.stock_headless, family.headless_class)):
         renamed = with_argument(stock, "forward", name, f"new_{name}")
         with pytest.raises(TypeError, match=rf"{stock.__name__}\.forward .*{transformers.__version__}.*new_{name}"):
-            type("Pruned", (mixin,), {}, stock=renamed)
+            type("Pruned", (mixin,), {"family": family.headless_class.family}, stock=renamed)
 
 
 def test_an_argument_that_is_gone_is_refused(family):

@@ -37,6 +37,7 @@ class Family:
         stacked (`bool`): stock `forward` reads one tensor of all images' tokens, not a list.
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
+        mrope (`bool`): positions say where a token lies in its image.
         runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
         video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
         refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
@@ -46,6 +47,7 @@ class Family:
     projector: str = "multi_modal_projector"
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
+    mrope: bool = False
     runs: bool = False
     video_as_image: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Family:
 
     def grouped(self, entries: list[torch.Tensor], *runs: list[int] | None) -> list[torch.Tensor]:
         """Tiles that stand side by side in the prompt, joined to images. Each of `runs` is the lengths of runs of
-        placeholders (of the whole prompt, of what a cache does not hold of it); those that the entries fill are theirs."""
+        placeholders (of the whole prompt, of what a cache does not hold); those that the entries fill are theirs."""
         lengths = [len(entry) for entry in entries]
         theirs = next((run for run in runs if run is not None and sum(run) == sum(lengths)), None)
         if not self.runs or theirs is None:
@@ -165,6 +167,8 @@ class LlavaFamily(Family):
 
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout]:
         tiles, pixels = self.tiles(model, arguments), arguments[PIXELS["image"]]
+        if not isinstance(pixels, torch.Tensor):
+            raise ValueError(f"{PIXELS['image']} is a tensor of images or tiles; got a {type(pixels).__name__}.")
         if (len(tiles) if pixels.ndim == 5 else sum(tiles)) != len(pixels):
             raise ValueError(
                 f"{len(pixels)} {'images' if pixels.ndim == 5 else 'tiles'} came with {len(tiles)} image_sizes"
@@ -376,8 +380,13 @@ class LlavaNextVideoFamily(LlavaNextFamily):
 class GridFamily(Family):
     """Native resolution: an image is one grid of merged patches, a video one grid per temporal patch."""
 
+    mrope: bool = True
+
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout]:
         merge, layouts = model.config.vision_config.spatial_merge_size, []
+        patches, pixels = int(self._grids(modality, arguments).prod(-1).sum()), len(arguments[PIXELS[modality]])
+        if patches != pixels:
+            raise ValueError(f"{PIXELS[modality]} holds {pixels} patches, but {modality}_grid_thw says {patches}.")
         for frames, rows, columns in self._grids(modality, arguments).tolist():
             grid = (rows // merge, columns // merge)
             layouts.append(VisualLayout.of_patches(frames * grid[0] * grid[1], frames, grid))

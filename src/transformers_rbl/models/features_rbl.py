@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .codebook import RedundancyCodebook
 from .layout import NEWLINE, VisualLayout
+from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
 from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock
@@ -36,20 +34,6 @@ def get_video_features(self, *args, pruning: PruningConfig | dict | None = None,
             `PruningConfig(enabled=False)` gives the stock model's features.
     """
     return self.features("video", bound(self.stock.get_video_features, self, args, kwargs), pruning)
-
-
-_in_stock: ContextVar[bool] = ContextVar("in_stock", default=False)
-
-
-@contextmanager
-def stock_encodes() -> Iterator[None]:
-    """While a stock encoder runs, the encoders that it calls on `self` are stock's too: Qwen3-VL's encodes videos by
-    `self.get_image_features`. A context variable is of one thread, and nothing is written on the module."""
-    token = _in_stock.set(True)
-    try:
-        yield
-    finally:
-        _in_stock.reset(token)
 
 
 class RBLModelMixin(RBLMixin):
@@ -121,15 +105,15 @@ class RBLModelMixin(RBLMixin):
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
         """
         pruning = self.active_pruning(pruning)
-        if _in_stock.get() or (pruning is None and not self.family.must_encode(modality, arguments)):
-            with stock_encodes():
+        if pruning is None and not self.family.must_encode(modality, arguments):
+            with stock_alone(self):
                 return getattr(self.stock, f"get_{modality}_features")(self, **arguments)
         return_dict = arguments.pop("return_dict", None)
         if len(arguments[PIXELS[modality]]) == 0:
             raise ValueError(f"{PIXELS[modality]} holds no {modality}: leave it out.")
         layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
-        with stock_encodes():
+        with stock_alone(self):
             if base_alone:
                 outputs = self.family.encode_base(self, arguments)
             else:
@@ -165,7 +149,7 @@ class RBLModelMixin(RBLMixin):
             return pruned
         pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
-        self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, seen=hidden)
+        self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, tower_outputs=hidden)
         return pruned
 
     def _prune(
@@ -176,29 +160,29 @@ class RBLModelMixin(RBLMixin):
         pruning: PruningConfig,
         arguments: dict[str, Any],
         base_alone: bool = False,
-        seen: Any = None,
+        tower_outputs: Any = None,
     ) -> None:
         """Take redundant tokens out of encoded features, in place.
 
         Args:
             outputs: features with a list of tokens per image; those of the base images alone with `base_alone`.
             layouts (`list[VisualLayout]`, *optional*): per image; by default images are patches and nothing else.
-            seen: the output that holds the tower's hidden states, by default `outputs`.
+            tower_outputs: the output that holds the tower's hidden states, by default `outputs`.
         """
         images = outputs[TOKENS]
         if layouts is None:
             layouts = [VisualLayout.of_patches(len(tokens)) for tokens in images]
         similarities: list[torch.Tensor | None] = [None] * len(images)
         if pruning.needs_cls_similarity:
-            states = outputs if seen is None else seen
+            states = outputs if tower_outputs is None else tower_outputs
             similarities = list(self.family.cls_similarity(self, modality, states, arguments, base_alone))
         masks, kept = [], []
         for tokens, layout, similarity in zip(images, layouts, similarities, strict=True):
             scored = layout.scored(pruning).to(tokens.device)
             if not base_alone and len(tokens) != len(layout):
                 raise ValueError(
-                    f"An image came as {len(tokens)} visual tokens where {len(layout)} were expected: pruning does not "
-                    "know this vision tower's layout (vision_feature_select_strategy?)."
+                    f"The {modality} came as {len(tokens)} visual tokens where {len(layout)} were expected: pruning "
+                    "does not know this vision tower's layout."
                 )
             candidates = tokens if base_alone else tokens[scored]
             if similarity is not None and not base_alone:

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, PreTrainedConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .codebook import RedundancyCodebook
+from .loading import stock_alone
 from .memory import Past, forgotten
 from .modeling_rbl import Prepared, RBLMixin, spans
 from .prompt import PromptPlan
@@ -27,9 +28,10 @@ class RBLGenerationMixin(RBLMixin):
     headless: type
 
     def __init_subclass__(cls, stock: type | None = None, headless: type | None = None, **kwargs):
-        super().__init_subclass__(stock=stock, **kwargs)
-        if stock is not None and headless is not None:
+        if headless is not None:
             cls.headless, cls.full, headless.full, cls.family = headless, cls, cls, headless.family
+        super().__init_subclass__(stock=stock, **kwargs)
+        if stock is not None:
             cls.generate = as_stock(cls.generate, stock.generate)
             for method in (get_image_features, get_video_features):
                 if hasattr(stock, method.__name__):
@@ -59,13 +61,17 @@ class RBLGenerationMixin(RBLMixin):
         """
         pruning = None if pruning is None else PruningConfig.from_dict(pruning)  # wrong ones are refused, images or not
         arguments = bound(self.stock.generate, self, args, kwargs)
-        if arguments.get("inputs") is not None:
-            arguments["input_ids"] = arguments.pop("inputs")
+        if (ids := arguments.pop("inputs", None)) is not None:
+            if arguments.get("input_ids") is not None:
+                raise ValueError("The prompt was given twice, as inputs and input_ids: give one.")
+            arguments["input_ids"] = ids
         call = Call.read(arguments)
         past = Past.of(call.cache)
         if past.memory is None and not self.prunes(call, pruning):
-            return self.stock.generate(self, **call.arguments())
+            with stock_alone(self):
+                return self.stock.generate(self, **call.arguments())
         self._check_generation(call)
+        call.refuse_what_cannot_follow()
 
         prompt, original_ids = call.prompt, call.input_ids
         if call.attention_mask is None:

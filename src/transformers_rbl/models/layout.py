@@ -77,8 +77,8 @@ class VisualLayout:
         scored = self.scored(pruning).to(tokens.device)
         if len(tokens) != (expected := int(scored.sum())):
             raise ValueError(
-                f"An image came as {len(tokens)} scored visual tokens where {expected} were expected: pruning does not "
-                "know this vision tower's layout (vision_feature_select_strategy?)."
+                f"{len(tokens)} visual tokens were to be scored where {expected} were expected: pruning does not know "
+                "this vision tower's layout."
             )
         parts = self._parts(pruning)
         length = len(tokens) // parts

@@ -6,6 +6,9 @@ import copy
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,22 @@ from .pruning import PruningConfig
 
 
 logger = logging.get_logger(__name__)
+
+_alone: ContextVar[frozenset[int]] = ContextVar("alone", default=frozenset())
+
+
+@contextmanager
+def stock_alone(model: Any) -> Iterator[None]:
+    """While this runs, whatever stock code of the model calls on it is stock's too: off is off all the way down, and an
+    encoder that calls another (Qwen3-VL's does, for videos) gets what it expects. A context variable is of one thread,
+    and nothing is written on the module."""
+    token = _alone.set(_alone.get() | {id(model.base_model)})
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 Mixed: Any = object  # which transformers class the mixins meet is known when a family's classes are made
 
 
@@ -145,7 +164,7 @@ class LoadingMixin(Mixed):
             ValueError: for wrong settings, or a score that needs a codebook where the model has none.
         """
         pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
-        if pruning is None or not pruning.enabled:
+        if pruning is None or not pruning.enabled or id(self.base_model) in _alone.get():
             return None
         if self.base_model.codebook is None and pruning.needs_codebook:
             raise ValueError(

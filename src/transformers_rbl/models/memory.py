@@ -89,6 +89,13 @@ class CachedPrompt:
             )
         return self.kept.shape[1] + cache_length - self.mask.shape[1]
 
+    def position_at(self, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`(batch,)`: the position after `length` original ones, tokens decoded since the pruned prompt counted."""
+        known = self.kept.shape[1]
+        if attention_mask is None:
+            return self.next_position + length - known
+        return self.next_position + attention_mask[:, known:length].to(torch.bool).sum(-1)
+
     def check(self, batch: int, input_ids: torch.Tensor | None = None) -> None:
         """Raise unless a continued call has the cached rows and, where ids are known, begins with the cached prompt."""
         if batch != len(self.kept):
@@ -125,14 +132,6 @@ class Past:
         memory = CachedPrompt.of(cache)
         entries = 0 if cache is None else int(cache.get_seq_length())
         return cls(cache, memory, entries, entries if memory is None else memory.original_length(entries))
-
-    def next_position(self, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`(batch,)`: the position after the last entry, tokens decoded since the pruned prompt counted."""
-        assert self.memory is not None
-        known = self.memory.kept.shape[1]
-        if attention_mask is None:
-            return self.memory.next_position + self.length - known
-        return self.memory.next_position + attention_mask[:, known : self.length].to(torch.bool).sum(-1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .configuration_rbl import RBLConfigMixin
 from .families import FAMILIES, Family
 from .features_rbl import RBLModelMixin
 from .generation_rbl import RBLGenerationMixin
-from .seam import installed
+from .seam import ROPE, installed
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def make_classes(model_type: str) -> Any:
     stock_config, stock_full, stock_headless = stock_classes(model_type)
     names = class_names(model_type)
     config = _new(names["config"], (RBLConfigMixin, stock_config), {"model_type": f"{model_type}_rbl"})
-    family = FAMILIES.get(model_type, Family(model_type))
+    family = FAMILIES.get(model_type, Family(model_type, mrope=hasattr(stock_headless, ROPE)))
     headless = _new(
         names["headless"],
         (RBLModelMixin, stock_headless),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from .loading import LoadingMixin, inherit_key_conversion
+from .loading import LoadingMixin, inherit_key_conversion, stock_alone
 from .memory import Past, forgotten
 from .positions import compact_positions, next_position
 from .prompt import PromptPlan, check_placeholders, full_length, kept_rows
@@ -57,11 +57,14 @@ class Prepared:
     prompt_mask: torch.Tensor
 
     def remember(self, cache: Any, input_ids: torch.Tensor | None, times: int = 1) -> None:
-        """Note on the cache what it holds of pruned prompts, `times` rows for each of the call's."""
-        memory = self.past.memory
-        if self.plan is not None and cache is not None and not self.plan.kept.all():
+        """Note on the cache what it holds of pruned prompts, `times` rows for each of the call's. Of one from which
+        nothing had to leave too, where positions do not follow from the number of entries (m-RoPE)."""
+        memory, positions = self.past.memory, self.call.position_ids
+        is_needed = self.plan is not None and (
+            not self.plan.kept.all() or (positions is not None and positions.ndim == 3)
+        )
+        if self.plan is not None and cache is not None and is_needed:
             length = self.plan.mask.shape[1]
-            positions = self.call.position_ids
             upcoming = next_position(self.plan, None if positions is None else positions[..., -length:])
             self.plan.remember(input_ids, upcoming).repeat(times).attach(cache)
         elif memory is not None and cache is not None and times > 1:
@@ -76,7 +79,7 @@ class RBLMixin(LoadingMixin):
         does. A stock class that is not understood whole is refused here."""
         super().__init_subclass__(**kwargs)
         if stock is not None:
-            check_stock(stock)
+            check_stock(stock, cls.family.mrope)
             cls.stock = stock
             cls.forward = as_stock(cls.forward, stock.forward)
             inherit_key_conversion(cls, stock, headless=not hasattr(cls, "generate"))
@@ -92,7 +95,8 @@ class RBLMixin(LoadingMixin):
         call = Call.read(bound(self.stock.forward, self, args, kwargs))
         past = Past.of(call.cache)
         if past.memory is None and not self.prunes(call, pruning):
-            outputs = self.stock.forward(self, **self._as_stock_reads(call).arguments())
+            with stock_alone(self):
+                outputs = self.stock.forward(self, **self._as_stock_reads(call).arguments())
             if "labels" in call.along and isinstance(outputs, ModelOutput) and self._labels_beside(pruning):
                 outputs["labels"] = call.along["labels"]  # as in batches with images: Trainer gathers them beside these
             return outputs
@@ -100,6 +104,9 @@ class RBLMixin(LoadingMixin):
         return_dict = call.others.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         original_ids = call.input_ids
+        call.refuse_what_cannot_follow()
+        if call.position_ids is None:
+            call.position_ids = stock_positions(self, call, past, seen=0)
         prepared = self.prepare(call, past, pruning)
         call = self._as_stock_reads(prepared.call)
         with forgotten(past.cache):
@@ -126,7 +133,7 @@ class RBLMixin(LoadingMixin):
         given = [modality for modality in MODALITIES if modality in call.pixels]
         if any(self.family.must_encode(m, call.arguments_of_encoder(self._encoder(m), m)) for m in given):
             return True
-        return bool(given) and (pruning is not None or self.active_pruning() is not None)
+        return bool(given) and self.active_pruning(pruning) is not None
 
     def prepare(self, call: Call, past: Past, pruning: PruningConfig | None, seen: int = 0) -> Prepared:
         """Encode, keep, plan, compact: what `forward` and `generate` do before stock runs.
@@ -138,12 +145,10 @@ class RBLMixin(LoadingMixin):
             seen (`int`): leading columns of the prompt that the cache stands for already.
 
         Raises:
-            ValueError: if images and placeholders do not match, or something in the call cannot be shortened.
+            ValueError: if images and placeholders do not match.
         """
         self.family.check_call(call)
         call = call.copy()
-        if call.position_ids is None:
-            call.position_ids = stock_positions(self, call, past, seen)
         features = self._encode(call, pruning, seen)
         if seen:
             features = self._beyond_cache(features, call, seen)
@@ -155,8 +160,8 @@ class RBLMixin(LoadingMixin):
         slots, dropped = self._dropped(features, call)
         masks = {key: features[m][key] for m, key in MASKS.items() if key in features.get(m, {})}
         plan, prompt_mask = None, torch.ones_like(dropped)
-        if past.memory is not None or dropped.any():
-            call.refuse_what_cannot_follow()
+        own_positions = call.position_ids is not None and call.position_ids.ndim == 3
+        if past.memory is not None or dropped.any() or own_positions:
             plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory)
             features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)

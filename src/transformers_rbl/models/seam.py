@@ -21,6 +21,7 @@ from packaging.version import Version
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,8 @@ class Role(Enum):
 
 # What runs along the prompt, and what stands at padding.
 TYPES = "mm_token_type_ids"
+# Stock's function for positions in images (m-RoPE), and its method that joins a user's processors with its own.
+ROPE, MERGE = "get_rope_index", "_merge_criteria_processor_list"
 ALONG: dict[str, float] = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "per_layer_inputs": 0}
 
 ROLES: dict[str, Role] = {
@@ -151,17 +154,22 @@ def warn_if_untested() -> None:
         )
 
 
-def check_stock(stock: type) -> None:
+def check_stock(stock: Any, mrope: bool = False) -> None:
     """Refuse a stock class that this library does not understand whole, when its pruned class is made.
 
     Args:
         stock (`type`): a headless or full stock class.
+        mrope (`bool`): whether the family's positions say where a token lies in its image.
 
     Raises:
         TypeError: if `forward` lacks an argument that pruning needs, or if it or an encoder of images or videos has one
-            of unknown role: whether it runs along the prompt is not known, and a wrong answer would not show.
+            of unknown role: whether it runs along the prompt is not known, and a wrong answer would not show. If
+            positions are told by a function that is not there, or are where none was expected. If `generate` joins
+            processors otherwise than it did.
     """
-    methods = [stock.forward, *(getattr(stock, f"get_{modality}_features", None) for modality in MODALITIES)]
+    encoders = [getattr(stock, f"get_{modality}_features", None) for modality in MODALITIES]
+    rope = getattr(stock, ROPE, None)
+    methods = [stock.forward, *encoders, rope]
     for method in filter(None, methods):
         names = _argument_names(method)
         if unknown := [name for name in names if name not in ROLES]:
@@ -170,13 +178,24 @@ def check_stock(stock: type) -> None:
                 "transformers_rbl does not know whether that runs along the prompt: pruning this model is refused. "
                 f"Upgrade transformers_rbl, or install transformers<={NEWEST_TESTED}.*."
             )
+    reason = f"pruning this model is refused. Upgrade transformers_rbl, or install transformers<={NEWEST_TESTED}.*."
+    is_full = hasattr(stock, "generate")
+    if not is_full and mrope != (rope is not None):
+        raise TypeError(
+            f"{stock.__name__} of {installed()} has {'no' if mrope else 'a'} {ROPE}, which places its tokens: {reason}"
+        )
+    if mrope and TYPES not in _argument_names(stock.forward):
+        raise TypeError(
+            f"{stock.__name__}.forward of {installed()} takes no {TYPES}, which places its tokens: {reason}"
+        )
+    if is_full and not hasattr(stock, MERGE):
+        raise TypeError(f"{stock.__name__} of {installed()} has no {MERGE}, which a user's processors need: {reason}")
     roles = {ROLES[name] for name in _argument_names(stock.forward)}
     if missing := [role for role in NEEDED if role not in roles]:
         names = ", ".join(" or ".join(name for name, known in ROLES.items() if known is role) for role in missing)
         raise TypeError(
             f"{stock.__name__}.forward of {installed()} takes no {names} ({', '.join(r.value for r in missing)}), "
-            "which pruning needs: pruning this model is refused. Upgrade transformers_rbl, or install "
-            f"transformers<={NEWEST_TESTED}.*."
+            f"which pruning needs: {reason}"
         )
 
 
@@ -278,6 +297,12 @@ class Call:
                 call.visual[name] = value
             elif role is Role.ENCODED:
                 call.features = {kind: features for kind, features in value.items() if features is not None}
+                for kind, features in call.features.items():
+                    if kind not in MODALITIES or not isinstance(features, ModelOutput):
+                        raise ValueError(
+                            f"{name} holds {kind!r}, a {type(features).__name__}: it takes what get_image_features and "
+                            "get_video_features return (return_dict=True), as 'image' and 'video'."
+                        )
             else:
                 call.along[name] = value
         return call
@@ -335,6 +360,11 @@ class Call:
 
     def refuse_what_cannot_follow(self) -> None:
         """Raise for arguments that describe the unpruned prompt and could not be shortened with it."""
+        mask = self.attention_mask
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise ValueError(
+                f"Pruning needs an attention_mask of shape (batch, original length); got a {type(mask).__name__}."
+            )
         given = [name for name, value in self.others.items() if value is not None]
         if refused := [name for name in given if ROLES.get(name) is Role.REFUSED]:
             raise ValueError(f"{', '.join(refused)} describes the unpruned prompt and cannot be used with pruning.")
@@ -397,7 +427,7 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     Raises:
         ValueError: for images without what their positions are told by, which stock would place like text.
     """
-    rope = getattr(model.base_model, "get_rope_index", None)
+    rope = getattr(model.base_model, ROPE, None)
     if rope is None:
         return None
     names = _argument_names(rope)
@@ -429,7 +459,7 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
         raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
     own_mask = None if mask is None else mask[:, first:]
     positions, _ = rope(call.input_ids[:, first:], **described, **{TYPES: types[:, first:], "attention_mask": own_mask})
-    return positions if whole else positions + past.next_position(call.attention_mask)[:, None]
+    return positions if whole else positions + past.memory.position_at(past.length, call.attention_mask)[:, None]
 
 
 def _missing(shown: torch.Tensor, grids: dict[str, torch.Tensor], merge: int) -> str | None:
