@@ -8,26 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import typer
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-import tiny_checkpoint
 from testbeds import assembling, comparison, report, trainer
 from testbeds.answering import answer
 from testbeds.commands import app as commands_app
 from testbeds.digits import pictures
-from testbeds.digits.model import stock_config, word_tokenizer
+from testbeds.digits.model import stock_config, stock_model, stock_processor, word_tokenizer
 from testbeds.digits.placing import BACKDROP
 from testbeds.digits.questions import draw_example, examples
-from testbeds.digits.sizes import GRIDS, KINDS, TILE
+from testbeds.digits.sizes import KINDS, draw_size, step_of
 from testbeds.digits.splits import belongs, glyph_indices, photo_columns
 from testbeds.digits.training import DigitsTrainer
 from testbeds.files import write_questions
 from testbeds.testbed import SPLITS, Stage
 from testbeds.tokens import encode, subject_shares, token_centres, visual_inputs, window_mask
-from transformers_rbl import rbl_class
+from transformers_rbl import RedundancyCodebook, rbl_class
 from transformers_rbl.cli import app
 from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.metrics import bootstrap_interval
@@ -75,29 +75,27 @@ def test_examples_stay_in_their_split_and_among_decoys(family, kind, split):
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_training_sees_what_the_processor_gives(family, kind):
-    processor = tiny_checkpoint.processor(stock_config(family), word_tokenizer())
+    model = stock_model(family).eval()
+    processor = stock_processor(model.config)
     example = next(iter(examples(family, kind, "train", 1, 3)))
-    fast = visual_inputs(stock_config(family), [example])
-    word = "<video>" if example.video else "<image>"
-    text = word * (1 if example.video else len(example.images))
+    fast = visual_inputs(model.config, [example])
+    text = processor.video_token if example.video else processor.image_token * len(example.images)
     given = {"videos": [np.stack(example.images)]} if example.video else {"images": [example.pictures()]}
     stock = processor(text=[text], return_tensors="pt", **given)
     for name, value in fast.items():
         expected = torch.as_tensor(stock[name])
         # The base image is scaled by another library: one level of 255 apart at most.
         assert torch.allclose(torch.as_tensor(value).float(), expected.float(), atol=0.016), name
-    model = tiny_checkpoint.FAMILIES[family](stock_config(family)).eval()
-    tokens = torch.cat(encode(model, [example])[0])
-    id_ = tiny_checkpoint.VIDEO if example.video else tiny_checkpoint.IMAGE
-    assert len(tokens) == len(token_centres(stock_config(family), example)) == int((stock.input_ids == id_).sum())
+    count = sum(map(len, encode(model, [example])[0]))
+    id_ = processor.tokenizer.convert_tokens_to_ids(processor.video_token if example.video else processor.image_token)
+    assert count == len(token_centres(model.config, example)) == int((stock.input_ids == id_).sum())
 
 
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_a_window_holds_all_digits(family, kind):
     random, thinned = np.random.default_rng(0), 0
     for _ in range(20):
-        rows, columns = GRIDS[0] if family == "llava_next" else (1, 1)
-        example = draw_example(random, kind, "train", (rows * TILE[family], columns * TILE[family]), window=True)
+        example = draw_example(random, kind, "train", draw_size(random, family), window=True, step=step_of(family))
         top, left, height, width = example.window
         for labels in example.labels:
             outside = labels.copy()
@@ -113,8 +111,9 @@ def test_a_window_holds_all_digits(family, kind):
     assert 20 < thinned < 20 * 12 / 2 + 20
 
 
-def test_every_word_of_a_question_is_known():
-    tokenizer = word_tokenizer()
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_every_word_of_a_question_is_known(family):
+    tokenizer = word_tokenizer(family)
     for kind in ("image", "images", "video"):
         for number in range(20):
             example = draw_example(np.random.default_rng(number), kind, "train", (168, 168))
@@ -124,7 +123,7 @@ def test_every_word_of_a_question_is_known():
 
 
 def test_prompts_say_where_images_stand():
-    image, images, video = (next(examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:])
+    image, images, video = (next(examples(family, kind, "train", 1, 0)) for family, kind in EVERY[1:4])
     assert image.prompt("why?") == "<image> why?" and video.prompt("why?") == "<video> why?"
     assert images.prompt("why?") == "image 1: <image> image 2: <image> image 3: <image> why?"
 
@@ -132,9 +131,9 @@ def test_prompts_say_where_images_stand():
 @pytest.mark.parametrize("family, kind", EVERY)
 def test_questions_side_by_side_are_answered_as_each_alone_in_the_chat_template(family, kind):
     torch.manual_seed(0)
-    words = word_tokenizer()
-    model = tiny_checkpoint.FAMILIES[family](stock_config(family)).eval()
-    processor = tiny_checkpoint.processor(model.config, words)
+    model = stock_model(family).eval()
+    processor = stock_processor(model.config)
+    words = processor.tokenizer
     example = next(examples(family, kind, "train", 1, 3))
     if example.video:
         shown, count, modality = {"videos": [np.stack(example.images)]}, 1, "video"
@@ -144,15 +143,46 @@ def test_questions_side_by_side_are_answered_as_each_alone_in_the_chat_template(
     with torch.no_grad():
         for _, question, reply in example.questions:
             prompt = prompt_text(processor, example.prompt(question), count, modality)
-            asked = processor(text=[prompt], return_tensors="pt", **shown).input_ids
-            expected = torch.tensor([*words(reply).input_ids, tiny_checkpoint.EOS])
+            inputs = processor(text=[prompt], return_tensors="pt", **shown)
+            asked = inputs.input_ids
+            expected = torch.tensor([*words(reply).input_ids, words.eos_token_id])
             ids = torch.cat([asked, expected[None, :-1]], 1)
-            logits = model(input_ids=ids, **visual_inputs(model.config, [example])).logits[0, asked.shape[1] - 1 :]
-            losses.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
+            along = visual_inputs(model.config, [example])
+            if "mm_token_type_ids" in inputs:
+                along["mm_token_type_ids"] = F.pad(inputs.mm_token_type_ids, (0, len(expected) - 1))
+            logits = model(input_ids=ids, **along).logits[0, asked.shape[1] - 1 :]
+            losses.append(F.cross_entropy(logits, expected, reduction="none"))
             right.append(bool((logits.argmax(-1) == expected).all()))
         loss, _, rights = answer(model, words, encode(model, [example]), [example])
     torch.testing.assert_close(loss, torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
     assert rights[0].tolist() == right
+
+
+def test_pruned_tokens_are_asked_about_as_the_library_prunes_them(tmp_path):
+    """m-RoPE and deepstack: kept tokens keep their places and their views, and the text stays where it was."""
+    torch.manual_seed(0)
+    model = stock_model("qwen3_vl").eval()
+    processor, words = stock_processor(model.config), stock_processor(model.config).tokenizer
+    example = next(examples("qwen3_vl", "image", "train", 1, 3))
+    with torch.no_grad():
+        for weights in model.model.visual.merger.parameters():
+            weights.normal_(std=0.2)  # so that visual tokens matter to the answer
+        image = encode(model, [example])[0][0]
+        model.save_pretrained(tmp_path)
+        book = RedundancyCodebook(image.tokens[::3])
+        pruned = rbl_class(tmp_path).from_pretrained(tmp_path, codebook=book, keep_ratio=0.4).eval()
+        _, question, reply = example.questions[0]
+        text = f"{prompt_text(processor, question, 1)}{reply}"
+        inputs = processor(text=[text], images=example.pictures(), return_tensors="pt")
+        outputs = pruned(**inputs)
+        expected = torch.tensor([*words(reply).input_ids, words.eos_token_id])
+        theirs = F.cross_entropy(outputs.logits[0, -len(expected) :], expected)
+        example.questions = example.questions[:1]
+        kept = image.kept(outputs.keep_masks[0])
+        assert 0 < len(kept) < len(image)
+        ours, moved = (answer(model, words, [[shown]], [example])[0] for shown in (kept, kept.renumbered()))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert abs(moved - ours) > 1e-4
 
 
 def test_the_same_digit_is_asked_about_as_often_as_not():
@@ -167,10 +197,11 @@ def test_the_same_digit_is_asked_about_as_often_as_not():
         assert len(replies) == 60 and 18 <= sum(reply[-1] == "yes" for reply in replies) <= 42
 
 
-def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
+def test_training_is_deterministic_and_resumes_where_it_was_killed(family, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "SAVE_EVERY", 2)
     stages = (Stage("tower", 3, 1e-3, 4), Stage("answer", 5, 1e-3, 4), Stage("window", 1, 1e-3, 4))
-    whole = DigitsTrainer("llava_next", 0, tmp_path / "whole", stages)
+    whole = DigitsTrainer(family, 0, tmp_path / "whole", stages)
     whole.run()
 
     class Killed(Exception):
@@ -184,16 +215,16 @@ def test_training_is_deterministic_and_resumes_where_it_was_killed(tmp_path, mon
             raise Killed
         return DigitsTrainer.answer_loss(killed, random, stage, early)
 
-    killed = DigitsTrainer("llava_next", 0, tmp_path / "killed", stages)
+    killed = DigitsTrainer(family, 0, tmp_path / "killed", stages)
     killed.answer_loss = dies
     with pytest.raises(Killed):
         killed.run()
-    resumed = DigitsTrainer("llava_next", 0, tmp_path / "killed", stages)
+    resumed = DigitsTrainer(family, 0, tmp_path / "killed", stages)
     resumed.run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, value.bfloat16().float()), "a stage goes on from what the last one saved"
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    other = DigitsTrainer("llava_next", 1, tmp_path / "other", ())
+    other = DigitsTrainer(family, 1, tmp_path / "other", ())
     assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight)
     assert not (tmp_path / "killed" / "state.pt").exists()
     assert (tmp_path / "killed" / "answer" / "model.safetensors").exists()
@@ -226,16 +257,20 @@ def build_book(checkpoint, folder, *options):
 
 
 @pytest.mark.slow
-def test_the_whole_chain_from_images_to_the_committed_accuracy(tmp_path):
+@pytest.mark.parametrize(
+    "family, name, results",
+    [("llava_next", "digits-llava-next", "next-seed0"), ("qwen3_vl", "digits-qwen3-vl", "qwen3-vl-seed0")],
+)
+def test_the_whole_chain_from_images_to_the_committed_accuracy(family, name, results, tmp_path):
     """`rbl build` on the committed checkpoint and its own images, then `rbl evaluate` by stock processing and
     `generate`: as accurate as the results page says of the same questions, and better than chance selection."""
-    checkpoint = ROOT / "codebooks" / "digits-llava-next"
-    committed = json.loads((ROOT / "docs" / "results" / "testbed" / "next-seed0.json").read_text())
+    checkpoint = ROOT / "codebooks" / name
+    committed = json.loads((ROOT / "docs" / "results" / "testbed" / f"{results}.json").read_text())
     rows = {(row["rule"], row["wanted"]): row["right"] for row in committed["results"]}
     about, count = committed["about"], 50
 
     build_book(checkpoint, tmp_path / "book", "--keep-ratio", 0.15)
-    write_questions(tmp_path / "asked", "llava_next", count, about["split"], about["seed"])
+    write_questions(tmp_path / "asked", family, count, about["split"], about["seed"])
     questions = tmp_path / "asked" / "questions.jsonl"
     asked = ["--data", questions, "--metric", "exact", "--score", "cosine", "--score", "random", "--keep-ratio", 0.15]
     book = ["--codebook", tmp_path / "book", "--dtype", "float32"]
@@ -265,7 +300,7 @@ def test_the_scripts_behind_the_results_page(tmp_path):
     pictures.main(tmp_path / "pictures")
     for path in (
         tmp_path / "found.png",
-        *(tmp_path / "pictures" / f"{name}.png" for name in ("kept", "frames", "why")),
+        *(tmp_path / "pictures" / f"{name}.png" for name in ("kept", "sizes", "frames", "why")),
     ):
         assert np.asarray(Image.open(path)).std() > 10
     assembling.main(checkpoint, tmp_path / "book", checkpoint / "images", tmp_path / "made")

@@ -20,7 +20,7 @@ from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.building.inspection import provenance_of
 from transformers_rbl.hub.cards import model_card
 
-from .answering import HEAD, TAIL
+from .answering import frame_of
 from .registry import TESTBEDS, TestbedName
 from .tokens import family_of
 
@@ -52,7 +52,7 @@ def main(
     family = family_of(model.config)
     drawn = [next(testbed.examples(family, kind, "train", 1, 0)) for kind in testbed.kinds[family]]
     questions = "\n".join(
-        f"- `{HEAD} {example.prompt(question)}{TAIL}` → `{reply}`"
+        f"- `{frame_of(family).prompt(example, question)}` → `{reply}`"
         for example in drawn
         for _, question, reply in example.questions
     )

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import assembling, comparison, files, recipes, report, training
+from . import assembling, comparison, files, positions, recipes, report, training
 from .digits import pictures
 
 
@@ -12,6 +12,7 @@ app.command("questions")(files.write_questions)
 app.command("train")(training.main)
 app.command("compare-rules")(comparison.main)
 app.command("compare-recipes")(recipes.main)
+app.command("compare-positions")(positions.main)
 app.command("report")(report.main)
 app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)

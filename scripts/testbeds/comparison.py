@@ -31,20 +31,29 @@ BATCH = 50
 
 @torch.no_grad()
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, encoded: Sequence[Encoded], choose: Choose
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    encoded: Sequence[Encoded],
+    choose: Choose,
+    renumber: bool = False,
 ) -> tuple[torch.Tensor, list[float]]:
-    """Which answers are right, `(examples, questions)` bool, and the share of tokens kept of each example."""
+    """Which answers are right, `(examples, questions)` bool, and the share of tokens kept of each example. With
+    `renumber`, kept tokens of an image with rows and columns are numbered as text is."""
     masks = [choose(item) for item in encoded]
     shares = [float(mask[item.group >= 0].float().mean()) for mask, item in zip(masks, encoded)]
     right = []
     for start in range(0, len(encoded), BATCH):
         part, kept = encoded[start : start + BATCH], masks[start : start + BATCH]
-        features = [
-            [tokens[mask] for tokens, mask in zip(item.tokens.split(item.lengths), mask.split(item.lengths))]
-            for item, mask in zip(part, kept)
-        ]
+        features = [item.shown(mask) for item, mask in zip(part, kept)]
+        if renumber:
+            features = [[image.renumbered() for image in images] for images in features]
         right.append(answer(model, tokenizer, features, [item.example for item in part])[2])
     return torch.cat(right), shares
+
+
+def as_bits(right: torch.Tensor) -> list[str]:
+    """Per example, a digit for each question: 1 for a right answer."""
+    return ["".join(str(int(bit)) for bit in row) for row in right]
 
 
 def main(
@@ -55,12 +64,17 @@ def main(
     split: Split = "validation",
     count: Annotated[int, typer.Option(help="Examples, of four questions each.")] = 300,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 100,
+    unselected: Annotated[
+        int, typer.Option(help="Without --codebook: tokens of the codebooks that no experiment chose.")
+    ] = 100,
     threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds of the first codebook.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rules to run, by name; default all.")] = None,
     testbed_name: TestbedName = "digits",
 ) -> None:
     """Compare pruning rules on a testbed model at equal retention."""
     torch.set_num_threads(1)
+    if threshold and not codebook:
+        raise typer.BadParameter("--threshold needs a --codebook.")
     testbed = TESTBEDS[testbed_name]
     loaded = rbl_class(model).from_pretrained(model, pruning={"enabled": False}, dtype="float32").eval()
     family = family_of(loaded.config)
@@ -71,13 +85,13 @@ def main(
     books = dict(entry.split("=", 1) for entry in codebook or ())
     books = {name: RedundancyCodebook.from_pretrained(folder) for name, folder in books.items()}
     rules = [("unpruned", 1.0, keep_all), ("no image", 0.0, keep_none)]
-    rules += rules_of(books, encoded[0], threshold or [], train, testbed.subject) if books else []
+    rules += rules_of(books, encoded[0], threshold or [], train, testbed.subject, unselected)
     rules = [rule for rule in rules if not only or rule[0] in {*only, "unpruned"}]
     results = []
     for name, wanted, choose in tqdm(rules, unit="rule"):
         right, shares = accuracy(loaded, tokenizer, encoded, choose)
-        bits = ["".join(str(int(bit)) for bit in row) for row in right]
-        results.append({"rule": name, "wanted": wanted, "kept": round(float(np.mean(shares)), 4), "right": bits})
+        kept = round(float(np.mean(shares)), 4)
+        results.append({"rule": name, "wanted": wanted, "kept": kept, "right": as_bits(right)})
     about = {
         "model": model.name,
         "family": family,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers_rbl import PruningConfig
 
 from .testbed import Example
-from .tokens import family_of, subject_shares, token_centres, vision_side, visual_inputs
+from .tokens import Visual, encode, family_of, subject_shares, token_centres, vision_side, visual_inputs
 
 
 OFF = PruningConfig(enabled=False)
@@ -23,20 +24,28 @@ class Encoded:
     """An example's visual tokens in the order of its prompt, and what rules may know of them.
 
     Args:
-        tokens (`torch.Tensor` of shape `(n, d)`): unpruned.
-        lengths (`list[int]`): how many of them each image has; a video counts as one.
+        images (`list[Visual]`): unpruned, `n` tokens in all; a video counts as one.
         group (`torch.LongTensor` of shape `(n,)`): image or frame of each token, -1 for row ends.
         subject (`torch.FloatTensor` of shape `(n,)`): share of the token's patches that show what questions ask about.
         cls_similarity, cls_attention (`torch.FloatTensor` of shape `(n,)`, *optional*): for towers with a [cls] token.
     """
 
     example: Example
-    tokens: torch.Tensor
-    lengths: list[int]
+    images: list[Visual]
     group: torch.Tensor
     subject: torch.Tensor
     cls_similarity: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
+
+    @functools.cached_property
+    def tokens(self) -> torch.Tensor:
+        """`(n, d)`."""
+        return torch.cat([image.tokens for image in self.images])
+
+    def shown(self, mask: torch.Tensor) -> list[Visual]:
+        """What is left of the images where `mask` `(n,)` is True."""
+        parts = mask.split([len(image) for image in self.images])
+        return [image.kept(part) for image, part in zip(self.images, parts)]
 
     @property
     def touched(self) -> float:
@@ -70,14 +79,10 @@ def encode_all(model: PreTrainedModel, examples: Sequence[Example]) -> list[Enco
 
 def encode_batch(model: PreTrainedModel, batch: Sequence[Example]) -> list[Encoded]:
     """Examples whose images are of one size."""
-    config, inputs = model.config, visual_inputs(model.config, batch)
-    if batch[0].video:
-        features = model.get_video_features(**inputs, return_dict=True, pruning=OFF).pooler_output
-    else:
-        features = model.get_image_features(**inputs, return_dict=True, pruning=OFF).pooler_output
-    parts = len(features) // len(batch)
-    measures = {}
-    if family_of(config) != "llava_onevision":
+    config, measures = model.config, {}
+    features = encode(model, batch, pruning=OFF)
+    if family_of(config) in ("llava", "llava_next"):
+        inputs = visual_inputs(config, batch)
         seen = model.model.vision_tower(
             inputs["pixel_values"].flatten(0, -4), output_attentions=True, output_hidden_states=True
         )
@@ -87,13 +92,11 @@ def encode_batch(model: PreTrainedModel, batch: Sequence[Example]) -> list[Encod
         measures = {name: values.unflatten(0, (len(batch), -1)) for name, values in measures.items()}
     encoded = []
     for row, example in enumerate(batch):
-        tokens = torch.cat(list(features[row * parts : (row + 1) * parts]))
         centres = token_centres(config, example)
-        assert len(centres) == len(tokens)
+        assert len(centres) == sum(map(len, features[row]))
         group = groups(config, example, centres)
         laid = {name: lay_out(values[row], example, group) for name, values in measures.items()}
-        lengths = [len(part) for part in features[row * parts : (row + 1) * parts]]
-        encoded.append(Encoded(example, tokens, lengths, group, subject_shares(config, example), **laid))
+        encoded.append(Encoded(example, features[row], group, subject_shares(config, example), **laid))
     return encoded
 
 

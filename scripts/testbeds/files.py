@@ -26,7 +26,7 @@ def write_images(
     kind, lines = testbed.kinds[family][0], []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        grid = (1, 1) if number % 2 else None
+        grid = (1, 1) if family == "llava_next" and number % 2 else None
         example = next(testbed.examples(family, kind, split, 1, seed * 100_003 + number, grid))
         name = f"{number:05}.png"
         example.pictures()[number % len(example.images)].save(folder / name)

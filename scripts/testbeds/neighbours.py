@@ -8,6 +8,29 @@ import torch
 from transformers import PretrainedConfig
 
 
+STRAIGHT, DIAGONAL = [(0, 1), (0, -1), (1, 0), (-1, 0)], [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+
+
+@torch.no_grad()
+def turn_to_neighbours(tower: torch.nn.Module, scale: float = 5.0) -> None:
+    """The same for a tower with rotary positions (Qwen3-VL's): biases of queries and keys whose product is largest for
+    the neighbour, and learned positions as waves over the image."""
+    side, frequencies = tower.num_grid_per_side, tower.rotary_pos_emb.inv_freq
+    half, count = 2 * len(frequencies), 3  # slower ones do not tell neighbours apart
+    for block, offsets in zip(tower.blocks, (STRAIGHT, DIAGONAL, STRAIGHT)):
+        queries, keys, _ = block.attn.qkv.bias.view(3, -1, 2 * half)  # first halves turn into second halves
+        for head, offset in enumerate(offsets):
+            for axis, delta in enumerate(offset):
+                part, angles = slice(axis * half // 2, axis * half // 2 + count), delta * frequencies[:count]
+                keys[head, :half][part] += scale
+                queries[head, :half][part] += scale * angles.cos()
+                queries[head, half:][part] += scale * angles.sin()
+    place = torch.arange(side) / side
+    waves = torch.cat([f(math.pi * k * place)[:, None] for k in (1, 2, 4) for f in (torch.cos, torch.sin)], 1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    tower.pos_embed.weight[:, : 2 * waves.shape[1]] = 0.7 * torch.cat([rows, columns], -1).flatten(0, 1)
+
+
 @torch.no_grad()
 def look_at_neighbours(tower: torch.nn.Module, config: PretrainedConfig, scale: float = 2.0) -> None:
     """Positions as sines and cosines of row and column, and in the first three layers heads that look at the
@@ -26,8 +49,7 @@ def look_at_neighbours(tower: torch.nn.Module, config: PretrainedConfig, scale: 
             for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 part.weight.normal_(std=0.036)
     tower.embeddings.position_embedding.weight[-(side**2) :, :size] = 0.7 * table
-    straight, diagonal = [(0, 1), (0, -1), (1, 0), (-1, 0)], [(1, 1), (1, -1), (-1, 1), (-1, -1)]
-    for layer, offsets in zip(tower.encoder.layers, (straight, diagonal, straight)):
+    for layer, offsets in zip(tower.encoder.layers, (STRAIGHT, DIAGONAL, STRAIGHT)):
         for head, offset in enumerate(offsets):
             turn = torch.zeros(size, size)
             for axis, delta in enumerate(offset):

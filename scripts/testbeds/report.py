@@ -71,11 +71,12 @@ def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule], subject: st
     base, floor = rules[("unpruned", 1.0)], rules[("no image", 0.0)]
     low, high = bootstrap_interval(base.examples)
     each = ", ".join(f"{100 * values.mean():.1f}" for values in base.values)
-    about, sizes = abouts[0], ", ".join(str(next(iter(each["prototypes"].values()))) for each in abouts)
+    about = abouts[0]
+    sizes = ", ".join(str(next(iter(each["prototypes"].values()))) for each in abouts if each["prototypes"])
     lines = [
         f"{about['kind']}, {about['split']} split, {about['examples']} examples of four questions "
         f"({', '.join(about['questions'])}), {about['visual_tokens']:.0f} visual tokens, of which a {subject} touches "
-        f"{about[f'{subject}_tokens']:.1%}; prototypes: {sizes}.",
+        f"{about[f'{subject}_tokens']:.1%}; prototypes: {sizes or 'no codebook was built'}.",
         "",
         f"Unpruned accuracy **{100 * base.examples.mean():.1f}%** [{100 * low:.1f}, {100 * high:.1f}]"
         + (f" (models: {each})" if len(abouts) > 1 else "")
@@ -93,6 +94,8 @@ def tables(abouts: list[dict], rules: dict[tuple[str, float], Rule], subject: st
         lines += ["", "| threshold | retention | of unpruned |", "| --- | --- | --- |"]
         for rule in thresholds:
             lines.append(f"| {rule.wanted} | {np.mean(rule.kept):.1%} | {share(rule, base)} |")
+    if not sizes:
+        return "\n".join(lines) + "\n"
     main = next(name for name in names if name.startswith("codebook: "))
     others = [name for name in names if name not in (main, "oracle") and not name.startswith("codebook")]
     lines += ["", "| codebook minus, in points | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
@@ -127,7 +130,7 @@ def plot(rules: dict[tuple[str, float], Rule], title: str, path: Path) -> None:
     shown = {
         main: "codebook (the method)",
         "oracle": "oracle",
-        "codebook: random tokens": "codebook of random tokens",
+        "codebook: random tokens": "codebook of random tokens",  # also where no codebook was built
         "cls_attention": "[cls] attention",
         "diversity": "diversity (DivPrune)",
         "random": "random",

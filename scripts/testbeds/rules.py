@@ -80,16 +80,20 @@ def rules_of(
     thresholds: Sequence[float],
     train: Sequence[Encoded],
     subject: str,
+    unselected: int = 100,
 ) -> list[tuple[str, float, Choose]]:
-    """`(name, retention wanted, choose)` of every rule; the first book is the one that the library would use."""
-    main = next(iter(books.values()))
-    everything = {**books, **unselected_codebooks(train, len(main.prototypes), subject)}
+    """`(name, retention wanted, choose)` of every rule; the first book is the one that the library would use. Those
+    that no experiment chose are as large, or of `unselected` tokens if there are no books."""
+    main = next(iter(books.values()), None)
+    size = unselected if main is None else len(main.prototypes)
+    everything = {**books, **unselected_codebooks(train, size, subject)}
     rules = []
     for ratio in RETENTIONS:
         for name, book in everything.items():
             rules.append((f"codebook: {name}", ratio, library_rule(PruningConfig(keep_ratio=ratio), book)))
-        double = PruningConfig(keep_ratio=ratio, score="double_softmax")
-        rules.append(("codebook, double softmax", ratio, library_rule(double, main)))
+        if main is not None:
+            double = PruningConfig(keep_ratio=ratio, score="double_softmax")
+            rules.append(("codebook, double softmax", ratio, library_rule(double, main)))
         scores = ["random", "diversity"]
         if first.cls_similarity is not None:
             scores += ["cls_similarity_high", "cls_similarity_low"]

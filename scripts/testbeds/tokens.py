@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +14,36 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .testbed import Example
 
 
+@dataclass(frozen=True)
+class Visual:
+    """The visual tokens of one image of a prompt, or of its video.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(n, d)`).
+        views (`tuple[torch.Tensor, ...]`): of the same shape, what deepstack adds to the language model's first layers.
+        places (`torch.LongTensor` of shape `(3, n)`, *optional*): time, row and column for m-RoPE, from the image's
+            first token; None where tokens are numbered one after the other.
+        extent (`int`): with `places`, how far after the image's first token the text goes on.
+    """
+
+    tokens: torch.Tensor
+    views: tuple[torch.Tensor, ...] = ()
+    places: torch.Tensor | None = None
+    extent: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def kept(self, mask: torch.Tensor) -> Visual:
+        """What stays of it, at the places it had; the text stays where it was."""
+        places = None if self.places is None else self.places[:, mask]
+        return replace(self, tokens=self.tokens[mask], views=tuple(view[mask] for view in self.views), places=places)
+
+    def renumbered(self) -> Visual:
+        """One after the other, as if there were no gaps and no rows."""
+        return replace(self, places=None)
+
+
 POOLED = 2  # LLaVA-OneVision pools a video's tokens over so many patches a side
 
 
@@ -21,8 +52,8 @@ def family_of(config: PretrainedConfig) -> str:
 
 
 def vision_side(config: PretrainedConfig) -> int:
-    """Patches along one side of a tile."""
-    return config.vision_config.image_size // config.vision_config.patch_size
+    """Patches along one side of a tile; 0 where images are taken at any size."""
+    return getattr(config.vision_config, "image_size", 0) // config.vision_config.patch_size
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:
@@ -41,6 +72,14 @@ def visual_inputs(config: PretrainedConfig, batch: Sequence[Example]) -> dict:
         return {"pixel_values_videos": normalise(images).unflatten(0, (len(batch), -1))}
     if family == "llava":
         return {"pixel_values": normalise(images)}
+    if family == "qwen3_vl":
+        vision = config.vision_config
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        pixels = normalise(images).unflatten(2, (rows, -1)).unflatten(4, (columns, -1))  # (n, 3, rows, p, columns, p)
+        patches = in_blocks(pixels.permute(0, 2, 4, 1, 3, 5), vision.spatial_merge_size)
+        patches = patches.unsqueeze(3).expand(-1, -1, -1, vision.temporal_patch_size, -1, -1)
+        grids = torch.tensor([[1, rows, columns]] * len(images))
+        return {"pixel_values": patches.flatten(0, 1).flatten(1), "image_grid_thw": grids}
     sizes = torch.tensor([[height, width]] * len(images))
     if family == "llava_onevision":
         counts = [len(example.images) for example in batch]
@@ -56,20 +95,39 @@ def visual_inputs(config: PretrainedConfig, batch: Sequence[Example]) -> dict:
     return {"pixel_values": values.unflatten(0, pixels.shape[:2]), "image_sizes": sizes}
 
 
-def encode(model: PreTrainedModel, batch: Sequence[Example]) -> list[list[torch.Tensor]]:
-    """Visual tokens `(n, d)` of each example's images, or of its video, by the stock model's own code."""
+def in_blocks(patches: torch.Tensor, side: int) -> torch.Tensor:
+    """Patches `(n, rows, columns, …)` as `(n, rows · columns, …)` in the order of a tower that merges blocks of `side`
+    patches a side: block by block."""
+    blocks = patches.unflatten(1, (-1, side)).unflatten(3, (-1, side))  # (n, rows, side, columns, side, …)
+    return blocks.transpose(2, 3).flatten(1, 4)
+
+
+def encode(model: PreTrainedModel, batch: Sequence[Example], **settings: object) -> list[list[Visual]]:
+    """Visual tokens of each example's images, or of its video, by the stock model's own code; `settings` go to it."""
     inputs = visual_inputs(model.config, batch)
     if batch[0].video:
-        return [[video] for video in model.model.get_video_features(**inputs, return_dict=True).pooler_output]
-    features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+        outputs = model.model.get_video_features(**inputs, **settings, return_dict=True)
+        return [[Visual(video)] for video in outputs.pooler_output]
+    outputs = model.model.get_image_features(**inputs, **settings, return_dict=True)
+    visuals = [Visual(tokens) for tokens in outputs.pooler_output]
+    if family_of(model.config) == "qwen3_vl":
+        merge = model.config.vision_config.spatial_merge_size
+        for index, grid in enumerate(inputs["image_grid_thw"]):
+            views = tuple(layer[index] for layer in outputs.deepstack_features)
+            places = model.model.get_vision_position_ids(0, grid, 1, merge)
+            extent = int(grid[1:].max()) // merge
+            visuals[index] = Visual(visuals[index].tokens, views, places, extent)
     count = len(batch[0].images)
-    return [list(features[i : i + count]) for i in range(0, len(features), count)]
+    return [visuals[i : i + count] for i in range(0, len(visuals), count)]
 
 
 def token_centres(config: PretrainedConfig, example: Example) -> torch.Tensor:
     """`(n, 2)`: row and column, in the image's patches, of each visual token's centre; NaN where it has none."""
     rows, columns = example.labels[0].shape
     family, side = family_of(config), vision_side(config)
+    if family == "qwen3_vl":
+        merge = config.vision_config.spatial_merge_size
+        return grid_centres(rows, columns, rows // merge, columns // merge)
     if family == "llava":
         return grid_centres(rows, columns, side, side)
     if family == "llava_next":
@@ -93,6 +151,8 @@ def subject_shares(config: PretrainedConfig, example: Example) -> torch.Tensor:
     base image or of a pooled frame covers several."""
     shown = [torch.from_numpy(subject).float()[None] for subject in example.subjects()]
     family, side = family_of(config), vision_side(config)
+    if family == "qwen3_vl":
+        return F.avg_pool2d(shown[0], config.vision_config.spatial_merge_size).flatten()
     if family == "llava":
         return shown[0].flatten()
     if family == "llava_next":

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-import tiny_checkpoint
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from .testbed import Stage
 
@@ -27,7 +25,8 @@ class Trainer:
 
     Args:
         model (`PreTrainedModel`): with its initial values.
-        tokenizer (`PreTrainedTokenizerFast`): saved with it.
+        processor (`ProcessorMixin`): saved with it.
+        tower (`list[torch.nn.Module]`): what of the model is its vision tower.
         heads (`list[torch.nn.Module]`): auxiliary ones of the first stage, thrown away.
         seed (`int`): of the data.
         folder (`Path`): where log, state and one checkpoint a stage go; none of the tower's stage.
@@ -38,13 +37,14 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
+        processor: ProcessorMixin,
+        tower: list[torch.nn.Module],
         heads: list[torch.nn.Module],
         seed: int,
         folder: Path,
         stages: Sequence[Stage],
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.processor, self.tower = model, processor, tower
         self.seed, self.folder, self.stages = seed, folder, stages
         self.parts = torch.nn.ModuleList([model, *heads])
         self.spent = 0.0  # CPU seconds, over restarts
@@ -71,7 +71,8 @@ class Trainer:
         tower = stage.name == TOWER
         self.parts.requires_grad_(tower)
         self.model.requires_grad_(True)
-        self.model.model.vision_tower.requires_grad_(tower)
+        for module in self.tower:
+            module.requires_grad_(tower)
         weights = [p for p in self.parts.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.05},
@@ -116,15 +117,15 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """The checkpoint in bfloat16, in Hub-repository form."""
-        model = self.model
+        model, text = self.model, self.model.config.text_config
         model.generation_config = GenerationConfig(
-            pad_token_id=tiny_checkpoint.PAD, bos_token_id=tiny_checkpoint.BOS, eos_token_id=tiny_checkpoint.EOS
+            pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id
         )
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
         model.load_state_dict(weights)  # the next stage goes on from what is saved, rounded
         model.config.dtype = torch.bfloat16
         model.save_pretrained(folder, state_dict=weights)
-        tiny_checkpoint.processor(model.config, self.tokenizer).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
 def rate(step: int, steps: int) -> float:

@@ -2,7 +2,7 @@
 
 python scripts/testbeds train outputs/testbed-next --family llava_next --seed 0
 
-Deterministic by seed (one thread, one machine); killed, it goes on from its last saved step.
+Deterministic by seed (on one machine, with as many threads); killed, it goes on from its last saved step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     window: Annotated[bool, typer.Option(help="Whether the window stage runs.")] = True,
     shorten: Annotated[float, typer.Option(min=1, help="Divide every stage's steps by this: a smoke run.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     testbed_name: TestbedName = "digits",
 ) -> None:
-    """Train a small LLaVA from scratch on a testbed's training data."""
+    """Train a small model from scratch on a testbed's training data."""
     testbed = TESTBEDS[testbed_name]
     check_family(testbed, family)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     stages = [stage for stage in testbed.stages[family] if window or stage.name != "window"]
     stages = [replace(stage, steps=max(1, round(stage.steps / shorten))) for stage in stages]
     trainer = testbed.trainer(family, seed, folder, stages)

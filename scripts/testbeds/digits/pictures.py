@@ -2,8 +2,8 @@
 
 python scripts/testbeds pictures docs/results/testbed
 
-Writes kept.png (tiles at several retentions), frames.png (a video) and why.png (dropped patches beside the source
-patches of their prototypes, with what the model says of those).
+Writes kept.png (tiles at several retentions), sizes.png (images of several sizes), frames.png (a video) and why.png
+(dropped patches beside the source patches of their prototypes, with what the model says of those).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .questions import examples
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "codebooks"
 QUESTION = "which digits are there?"
 SEED = 5  # of the examples; none of the tables has it
+SIZES = ((6, 9), (8, 7))  # rows and columns of Qwen3-VL's visual tokens
 
 
 def load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -50,6 +51,20 @@ def picture_tiles(path: Path) -> None:
         [model(**inputs, pruning=PruningConfig(keep_ratio=r)).keep_masks[0] for inputs in prepared] for r in ratios
     ]
     plot_retentions(images, masks, kinds, [f"{ratio:.0%}" for ratio in ratios], path)
+
+
+@torch.no_grad()
+def picture_sizes(path: Path) -> None:
+    model, processor = load("digits-qwen3-vl")
+    drawn = [next(examples("qwen3_vl", "image", "test", 1, SEED + row, grid)) for row, grid in enumerate(SIZES)]
+    images = [example.pictures()[0] for example in drawn]
+    prepared = [build_inputs(processor, image) for image in images]
+    layouts = [model.model.layouts(**inputs)[0] for inputs in prepared]
+    ratios = (0.33, 0.15, 0.05)
+    masks = [
+        [model(**inputs, pruning=PruningConfig(keep_ratio=r)).keep_masks[0] for inputs in prepared] for r in ratios
+    ]
+    plot_retentions(images, masks, layouts, [f"{ratio:.0%}" for ratio in ratios], path)
 
 
 @torch.no_grad()
@@ -83,5 +98,6 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")])
     """Draw what the testbed checkpoints keep and why they drop the rest."""
     folder.mkdir(parents=True, exist_ok=True)
     picture_tiles(folder / "kept.png")
+    picture_sizes(folder / "sizes.png")
     picture_frames(folder / "frames.png")
     picture_reasons(folder / "why.png")

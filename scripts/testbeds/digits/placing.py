@@ -103,15 +103,15 @@ def draw_window(random: np.random.Generator, size: Size, step: int = 1) -> Windo
 
 
 def draw_boxes(
-    random: np.random.Generator, count: int, size: Size, window: Window | None
+    random: np.random.Generator, count: int, size: Size, window: Window | None, step: int = 1
 ) -> list[tuple[int, int]] | None:
-    """Places `(y, x)` of digits from left to right, each of four whole patches; none across two tiles. None if chance
-    found no such places: a window may have none."""
+    """Places `(y, x)` of digits from left to right, each of four whole patches, at multiples of `step` patches; none
+    across two tiles. None if chance found no such places: a window may have none."""
     top, left, height, width = window or (0, 0, size[0] // PATCH, size[1] // PATCH)
     side, tile = GLYPH // PATCH, size[1]
     for _ in range(400):
-        ys = PATCH * (top + random.integers(0, height - side + 1, count))
-        xs = PATCH * np.sort(left + random.integers(0, width - side + 1, count))
+        ys = PATCH * (top + step * random.integers(0, (height - side) // step + 1, count))
+        xs = PATCH * np.sort(left + step * random.integers(0, (width - side) // step + 1, count))
         apart = all(
             abs(ys[i] - ys[j]) >= GLYPH or abs(xs[i] - xs[j]) >= GLYPH
             for i, j in itertools.combinations(range(count), 2)

@@ -11,8 +11,8 @@ import numpy as np
 from ..testbed import SPLITS, Example
 from ..tokens import POOLED
 from .drawing import draw_glyph
-from .placing import BACKDROP, Size, draw_boxes, draw_scene, draw_window
-from .sizes import CELL, FRAMES, GLYPH, GRID_SHARES, GRIDS, PATCH, TILE
+from .placing import BACKDROP, Placed, Size, draw_boxes, draw_scene, draw_window
+from .sizes import CELL, FRAMES, GLYPH, PATCH, draw_size, size_of, step_of
 from .splits import belongs, composition
 
 
@@ -32,26 +32,32 @@ class DigitExample(Example):
 def examples(
     family: str, kind: str, split: str, count: int, seed: int, grid: tuple[int, int] | None = None
 ) -> Iterator[DigitExample]:
-    """`count` examples of a split, each from a generator of its own. `grid` fixes the tiles of LLaVA-NeXT's images."""
+    """`count` examples of a split, each from a generator of its own. `grid` fixes the rows and columns of tiles (of
+    visual tokens for Qwen3-VL)."""
     for number in range(count):
         random = np.random.default_rng([seed, SPLITS.index(split), number])
-        drawn = GRIDS[random.choice(len(GRIDS), p=GRID_SHARES)] if family == "llava_next" else (1, 1)
-        rows, columns = grid or drawn
-        yield draw_example(random, kind, split, (rows * TILE[family], columns * TILE[family]))
+        drawn = draw_size(random, family)
+        yield draw_example(random, kind, split, size_of(family, grid) if grid else drawn, step=step_of(family))
 
 
-def draw_example(random: np.random.Generator, kind: str, split: str, size: Size, window: bool = False) -> DigitExample:
-    """One example of a kind (`"image"`, `"images"` or `"video"`), of images of `size`. With `window`,
-    all digits lie in one."""
-    return {"image": one_image, "images": several_images, "video": video}[kind](random, split, size, window)
+def draw_example(
+    random: np.random.Generator, kind: str, split: str, size: Size, window: bool = False, step: int = 1
+) -> DigitExample:
+    """One example of a kind (`"image"`, `"images"` or `"video"`), of images of `size`. With `window`, all digits lie in
+    one. The digits of a single image lie at multiples of `step` patches."""
+    if kind == "image":
+        return one_image(random, split, size, window, step)
+    if step != 1:
+        raise ValueError("Only single images have a step.")
+    return {"images": several_images, "video": video}[kind](random, split, size, window)
 
 
-def one_image(random: np.random.Generator, split: str, size: Size, window: bool) -> DigitExample:
+def one_image(random: np.random.Generator, split: str, size: Size, window: bool, step: int) -> DigitExample:
     digits = composition(random, split, int(random.integers(1, 4)), distinct=True)
     boxes, within = None, None
     while boxes is None:
-        within = draw_window(random, size) if window else None
-        boxes = draw_boxes(random, len(digits), size, within)
+        within = draw_window(random, size, step) if window else None
+        boxes = draw_boxes(random, len(digits), size, within, step)
     glyphs = [draw_glyph(random, split, digit) for digit in digits]
     images, labels = draw_scene(random, split, size, [list(zip(glyphs, boxes))])
     questions = [
@@ -145,13 +151,28 @@ def video(random: np.random.Generator, split: str, size: Size, window: bool) -> 
     )
 
 
-def crowd(random: np.random.Generator, split: str, side: int) -> DigitExample:
-    """A square full of digits, decoys and blocks, to pre-train the vision tower on."""
-    cells, share = side // 42 + (side % 42 >= GLYPH), random.choice([0.2, 0.5, 0.85])
-    placed = []
-    for row, column in itertools.product(range(cells), repeat=2):
-        y, x = (min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), side - GLYPH) for i in (row, column))
+def crowd(random: np.random.Generator, split: str, size: Size) -> DigitExample:
+    """An image full of digits, decoys and blocks, to pre-train the vision tower on."""
+    share, placed = random.choice([0.2, 0.5, 0.85]), []
+    rows, columns = (length // 42 + (length % 42 >= GLYPH) for length in size)
+    for cell in itertools.product(range(rows), range(columns)):
+        y, x = (
+            min(max(42 * i + CELL * int(random.integers(-1, 3)), 0), length - GLYPH) for i, length in zip(cell, size)
+        )
         if random.random() < share and all(abs(y - b) >= GLYPH - 3 or abs(x - a) >= GLYPH - 3 for _, (b, a) in placed):
             placed.append((draw_glyph(random, split, int(random.integers(10))), (y, x)))
-    images, labels = draw_scene(random, split, (side, side), [placed])
+    return crowded(random, split, size, placed)
+
+
+def aligned_crowd(random: np.random.Generator, split: str, size: Size) -> DigitExample:
+    """The same, its digits at multiples of their side."""
+    share, placed = random.choice([0.1, 0.25, 0.4]), []
+    for row, column in itertools.product(*(range(length // GLYPH) for length in size)):
+        if random.random() < share:
+            placed.append((draw_glyph(random, split, int(random.integers(10))), (row * GLYPH, column * GLYPH)))
+    return crowded(random, split, size, placed)
+
+
+def crowded(random: np.random.Generator, split: str, size: Size, placed: list[Placed]) -> DigitExample:
+    images, labels = draw_scene(random, split, size, [placed])
     return DigitExample(images=images, labels=labels, digits=tuple(digit for (_, digit), _ in placed))
