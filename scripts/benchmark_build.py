@@ -33,6 +33,7 @@ from benchmark_prefill import PRESETS, timed
 from transformers_rbl.building.measures import answer_confidence, answer_divergence, neighbourhoods
 from transformers_rbl.building.probing import Prober
 from transformers_rbl.building.recipe import Recipe
+from transformers_rbl.building.showing import show_base
 
 
 PREFIX, SUFFIX = 20, 30  # text tokens before and after the 576 of the image
@@ -181,6 +182,7 @@ def necessary(config, positions: torch.Tensor) -> dict[str, float]:
 
 def ours(prober: Prober, pixels: torch.Tensor, positions: torch.Tensor, device: str) -> tuple[dict, dict[str, float]]:
     """The three experiments, each timed."""
+    prefix, suffix = list(range(10, 10 + PREFIX)), list(range(50, 50 + SUFFIX))
     around, seconds, results = neighbourhoods(positions, 24), {}, {}
 
     def step(name, task):
@@ -190,11 +192,11 @@ def ours(prober: Prober, pixels: torch.Tensor, positions: torch.Tensor, device: 
         seconds[name] = timed(run, device)
 
     with torch.no_grad():
-        step("vision tower", lambda: prober.encode(pixels)[0])
-        tokens = results["vision tower"]
-        step("single input", lambda: answer_confidence(prober.single_input(tokens, positions)))
-        step("local", lambda: answer_divergence(*prober.local_leave_one_out(tokens, positions, around)))
-        step("global", lambda: answer_divergence(*prober.global_leave_one_out(tokens, around)))
+        step("vision tower", lambda: show_base(prober.model, prefix, suffix, pixels))
+        shown = results["vision tower"]
+        step("single input", lambda: answer_confidence(prober.single_input(shown, positions)))
+        step("local", lambda: answer_divergence(*prober.local_leave_one_out(shown, positions, around)))
+        step("global", lambda: answer_divergence(*prober.global_leave_one_out(shown, around)))
     return {"p1": results["single input"], "local": results["local"], "global": results["global"]}, seconds
 
 
@@ -232,8 +234,7 @@ def main(
     pixels = torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
     positions = torch.linspace(0, 575, targets).long()
     recipe = Recipe(targets={"by": "positions", "positions": positions.tolist()}, pad_token_id=0)
-    text = [list(range(10, 10 + PREFIX)), list(range(50, 50 + SUFFIX))]
-    prober = Prober(model, *text, recipe, max_tokens_per_batch=max_tokens_per_batch)
+    prober = Prober(model, recipe, max_tokens_per_batch=max_tokens_per_batch)
     literal = Transcription(model, recipe, pixels, positions)
     work = necessary(model.config, positions)
 

@@ -11,6 +11,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -72,10 +73,13 @@ PART = dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5"), "<|vision_start|><|i
 FAMILIES = tuple(PART)
 
 
-def build(folder: Path, name: str) -> Path:
-    """Write a random checkpoint of that family, and return its folder."""
+def build(folder: Path, name: str, **text: Any) -> Path:
+    """Write a random checkpoint of that family, and return its folder; `text` are settings of its language model."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(_config(name)).eval()
+    config = _config(name)
+    for setting, value in text.items():
+        setattr(config.get_text_config(), setting, value)
+    model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -194,13 +198,13 @@ def photos(count: int = 3) -> list:
     return [Image.fromarray(random.randint(0, 255, (*sizes[i % 3], 3), dtype=np.uint8)) for i in range(count)]
 
 
-def family(folder: Path, name: str) -> SimpleNamespace:
+def family(folder: Path, name: str, **text: Any) -> SimpleNamespace:
     """What tests of the commands take: `name`, `folder`, `processor`, and functions that load it stock and pruned."""
     from transformers import AutoProcessor
 
     from transformers_rbl import RedundancyCodebook, rbl_class
 
-    build(folder, name)
+    build(folder, name, **text)
     codebook = RedundancyCodebook(torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0)))
     return SimpleNamespace(
         name=name,

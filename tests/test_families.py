@@ -1,4 +1,7 @@
-"""What is special to a family: towers and feature layers of LLaVA-1.5, large grids and several images of OneVision."""
+"""What is special to a family: towers and feature layers of LLaVA-1.5, large grids and several images of OneVision,
+shapes of native resolution."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import tiny_checkpoint
 from conftest import GREEDY, TEXTS, encoded, make_family, visual
 from transformers_rbl import LlavaForConditionalGenerationRBL, PruningConfig, RedundancyCodebook, kept_token_count
+from transformers_rbl.models.families import FAMILIES
 from transformers_rbl.models.layout import BASE, NEWLINE
 
 
@@ -159,3 +163,35 @@ def test_new_images_that_stock_cannot_tell_apart_raise(onevision):
         model.family.select(model, "image", call, [1, 2])
     selected = model.family.select(model, "image", call, [0, 1])
     assert selected["batch_num_images"] == [2] and len(selected["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "arguments"),
+    [
+        ("lfm2_vl", {"downsample_factor": 2}, {"spatial_shapes": torch.tensor([[4, 6], [8, 2]])}),
+        (
+            "kimi_k25",
+            {"vision_config": SimpleNamespace(merge_kernel_size=(2, 2))},
+            {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 2]])},
+        ),
+        (
+            "gemma4",
+            {"vision_config": SimpleNamespace(pooling_kernel_size=2)},
+            {
+                "image_position_ids": torch.stack(
+                    [
+                        torch.tensor([[x, y] for y in range(4) for x in range(6)]),
+                        torch.tensor([[x, y] for y in range(8) for x in range(2)] + [[-1, -1]] * 8),
+                    ]
+                )
+            },
+        ),
+    ],
+)
+def test_rows_and_columns_of_native_resolution(name, config, arguments):
+    """Where the processor tells an image's shape, its tokens are a grid of that shape."""
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    layouts = FAMILIES[name].layouts(model, "image", arguments)
+    assert [layout.grid for layout in layouts] == [(2, 3), (4, 1)] and [len(layout) for layout in layouts] == [6, 4]
+    assert layouts[0].grids["base"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert FAMILIES[name].layouts(model, "image", {}) is None and FAMILIES[name].layouts(model, "video", {}) is None

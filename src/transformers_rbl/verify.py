@@ -276,7 +276,7 @@ class Subject:
         """The picture's visual tokens `(L, d)`: one entry, or one a tile where they are scored apart."""
         family, config = self.model.family, self.model.config
         runs = image_runs(self.stock, self.prompt["input_ids"])
-        return family.grouped(family.split(config, list(self.encoded[TOKENS])), runs)
+        return family.grouped(family.split(config, list(self.encoded[TOKENS])), [runs])
 
     @cached_property
     def patches(self) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from ..models.seam import CACHE
+from ..models.seam import ASIDE, CACHE
 from .measures import answer_confidence, answer_divergence, neighbourhoods
 from .recipe import CHOICES, Recipe
 from .selection import Probe
@@ -268,8 +268,8 @@ class Prober:
 
     def _answer(self, asked: Asked, past: KeysAndValues) -> torch.Tensor:
         """One forward pass, and one more token for rows whose answer begins with a bare article."""
-        shares = bool(past) or self._can_share(asked.shown)
-        logits, cache = self._forward(asked, past, keep=shares and self.recipe.skip_articles > 0)
+        goes_on = self._can_cut(asked.shown)  # else what follows is computed with all that it follows
+        logits, cache = self._forward(asked, past, keep=goes_on and self.recipe.skip_articles > 0)
         rows = torch.arange(len(asked), device=logits.device)
         for _ in range(self.recipe.skip_articles):
             begun = torch.isin(logits[rows].argmax(-1), self.articles.to(logits.device))
@@ -277,12 +277,12 @@ class Prober:
                 break
             rows, chosen = rows[begun], begun.to(self.device)
             asked = asked.rows(chosen).followed_by(logits[rows].argmax(-1))
-            if shares:
+            if goes_on:
                 past = [
                     (keys[begun.to(keys.device)], values[begun.to(values.device)]) for keys, values in _layers(cache)
                 ]
-            new = asked.columns(asked.ids.shape[1] - 1) if shares else asked
-            logits[rows], cache = self._forward(new, past, keep=shares)
+            new = asked.columns(asked.ids.shape[1] - 1) if goes_on else asked
+            logits[rows], cache = self._forward(new, past, keep=goes_on)
         return logits
 
     def _forward(self, asked: Asked, past: KeysAndValues, keep: bool) -> tuple[torch.Tensor, Cache | None]:
@@ -303,9 +303,17 @@ class Prober:
         return output.logits[:, -1].float(), output[CACHE] if keep else None
 
     def _can_share(self, shown: Shown) -> bool:
-        """Whether the cache of a prompt's beginning serves every prompt that begins so."""
-        if shown.types and shown.positions is None:  # image tokens see what follows them
-            return False
+        """Whether the cache of a prompt's beginning serves every prompt that begins so.
+
+        Not where tokens see what follows them: those of images that have types, or all (PaliGemma). And not where the
+        prompt's beginning holds marks that stock replaces only beside an image (Ovis2).
+        """
+        sees_ahead = getattr(self.model.config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
+        sees_ahead |= bool(shown.types) and shown.positions is None
+        return not sees_ahead and not any(name in shown.encoded for name in ASIDE) and self._can_cut(shown)
+
+    def _can_cut(self, shown: Shown) -> bool:
+        """Whether every layer of the cache holds keys and values of the whole prompt, so that it can be taken apart."""
         longest = len(shown.ids) + self.recipe.skip_articles
         for layer in DynamicCache(config=self.model.config.get_text_config()).layers:
             if type(layer) is DynamicSlidingWindowLayer:

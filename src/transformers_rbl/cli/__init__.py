@@ -29,4 +29,4 @@ def main(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and stop.")
     ] = False,
 ) -> None:
-    """Codebooks of redundant visual tokens for LLaVA models."""
+    """Codebooks of redundant visual tokens for vision-language models."""

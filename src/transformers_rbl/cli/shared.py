@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-app = typer.Typer(help="Codebooks of redundant visual tokens for LLaVA models.", no_args_is_help=True)
+app = typer.Typer(help="Codebooks of redundant visual tokens for vision-language models.", no_args_is_help=True)
 
 AnyModel = Annotated[str, typer.Option(help="Stock or pruned checkpoint: folder or Hub id.")]
 Codebook = Annotated[str | None, typer.Option(help="Folder or Hub id; none for a pruned checkpoint.")]

@@ -74,7 +74,7 @@ def image_scores(
         arguments, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
         outputs = headless.get_image_features(**arguments, pruning=OFF, return_dict=True)
         family = headless.family
-        entries = family.grouped(family.split(headless.config, list(outputs[TOKENS])), runs)
+        entries = family.grouped(family.split(headless.config, list(outputs[TOKENS])), [runs])
         layouts = headless.layouts(**arguments) or [VisualLayout.of_patches(len(tokens)) for tokens in entries]
         similarities: list[torch.Tensor | None] = [None] * len(entries)
         if rule.needs_cls_similarity:

@@ -70,7 +70,7 @@ def evaluate(
         references.append(question.answers)
         totals.append(sum(runs))
         for place, rule in enumerate(every_rule):
-            features = model.model.prune_image_features(encoded, rule, runs, **images)
+            features = model.model.prune_image_features(encoded, rule, [runs], **images)
             masks = features.get(MASKS["image"])
             kept[place].append(totals[-1] if masks is None else sum(int(mask.sum()) for mask in masks))
             prompt = inputs_with_features(model, inputs, features)

@@ -1,7 +1,8 @@
 """lmms-eval plugin (entry point group `lmms_eval.models`): `python -m lmms_eval --model rbl --model_args pretrained=…`.
 
-Stock and pruned checkpoints of the three families, images, several images and video, in real batches, on any number of
-processes (`accelerate launch`). What was kept goes into the harness's log, as its throughput figures do.
+Stock and pruned checkpoints of any family that this library prunes, images, several images and video, in real batches,
+on any number of processes (`accelerate launch`). What was kept goes into the harness's log, as its throughput figures
+do.
 """
 
 # The engine has an environment of its own (tests/engines): where types are checked, it cannot be found.
@@ -28,7 +29,7 @@ from transformers import AutoProcessor
 from ..evaluation.evaluate import prompt_text
 from ..models.auto_rbl import rbl_class
 from ..models.pruning import PruningConfig
-from ..models.seam import MASKS
+from ..models.seam import ALONG, MASKS
 
 
 # What a task's `generation_kwargs` may ask for, besides `until`.
@@ -49,7 +50,7 @@ def manifest() -> ModelManifest:
 
 
 class RBL(lmms):
-    """A pruned LLaVA model in the harness. Its arguments are those of `--model_args`.
+    """A pruned model in the harness. Its arguments are those of `--model_args`.
 
     Args:
         pretrained (`str`): folder or Hub id of a checkpoint, stock or saved by our classes.
@@ -198,6 +199,8 @@ class RBL(lmms):
             inputs = self._inputs([context], [self._visuals(*visual) if visual else []])
             inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            for name in [name for name in ALONG if name in inputs]:  # the continuation is text
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1]))
             length = ids.shape[1]
             logits = self.model(**inputs, logits_to_keep=length + 1).logits[0, -length - 1 : -1].float()
             loss = torch.nn.functional.cross_entropy(logits, ids[0])

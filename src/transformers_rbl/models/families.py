@@ -407,6 +407,40 @@ class GridFamily(Family):
         return torch.as_tensor(arguments[name])
 
 
+@dataclass(frozen=True)
+class ShapedFamily(Family):
+    """Native resolution without positions in three dimensions: the processor tells the shape of every image or tile.
+
+    Args:
+        shapes (`Callable`): `(config, arguments)` gives rows and columns of tokens per image; None if it is not told.
+    """
+
+    shapes: Callable[[PreTrainedConfig, Arguments], torch.Tensor | None] = lambda config, arguments: None
+
+    def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
+        shapes = self.shapes(model.config, arguments) if modality == "image" else None
+        if shapes is None:
+            return None
+        return [VisualLayout.of_patches(rows * columns, grid=(rows, columns)) for rows, columns in shapes.tolist()]
+
+
+def _lfm2_shapes(config: PreTrainedConfig, arguments: Arguments) -> torch.Tensor | None:
+    patches = arguments.get("spatial_shapes")
+    return None if patches is None else torch.as_tensor(patches) // config.downsample_factor
+
+
+def _kimi_shapes(config: PreTrainedConfig, arguments: Arguments) -> torch.Tensor | None:
+    grids = arguments.get("image_grid_thw")
+    kernel = config.vision_config.merge_kernel_size
+    return None if grids is None else torch.as_tensor(grids)[:, 1:].cpu() // torch.as_tensor(kernel)
+
+
+def _gemma4_shapes(config: PreTrainedConfig, arguments: Arguments) -> torch.Tensor | None:
+    places = arguments.get("image_position_ids")  # (x, y) of each patch, -1 at padding
+    kernel = config.vision_config.pooling_kernel_size
+    return None if places is None else (torch.as_tensor(places).amax(1) + 1).flip(-1) // kernel
+
+
 def tiles_of(length: Callable[[PreTrainedConfig], int]) -> Callable[[PreTrainedConfig, int], list[int]]:
     """`units` of a family whose entries hold any number of tiles of one length."""
     return lambda config, tokens: [length(config)] * (tokens // length(config))
@@ -464,7 +498,7 @@ FAMILIES: dict[str, Family] = {
         GridFamily("glm46v", projector="visual", video_as_image=True, refuses=_MIXED),
         Family("internvl", stacked=True, runs=True),
         Family("gemma3", stacked=True, refuses=_BOTH_WAYS),
-        Family("gemma4", projector="embed_vision", refuses=_BOTH_WAYS),
+        ShapedFamily("gemma4", projector="embed_vision", refuses=_BOTH_WAYS, shapes=_gemma4_shapes),
         Family(
             "paligemma",
             stacked=True,
@@ -477,7 +511,7 @@ FAMILIES: dict[str, Family] = {
         Family("cohere2_vision", stacked=True),
         Family("vipllava", stacked=True),
         Family("got_ocr2", stacked=True, runs=True),
-        Family("lfm2_vl"),
+        ShapedFamily("lfm2_vl", shapes=_lfm2_shapes),
         Family("deepseek_vl", projector="aligner", stacked=True),
         Family(
             "ovis2",
@@ -485,6 +519,6 @@ FAMILIES: dict[str, Family] = {
             stacked=True,
             refuses={CHUNKS: "the stock class cannot split its visual indicators over chunks"},
         ),
-        Family("kimi_k25", projector="mm_projector"),
+        ShapedFamily("kimi_k25", projector="mm_projector", shapes=_kimi_shapes),
     )
 }

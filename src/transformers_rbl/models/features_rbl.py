@@ -128,7 +128,7 @@ class RBLModelMixin(RBLMixin):
         self,
         outputs: Any,
         pruning: PruningConfig | dict | None = None,
-        runs: list[int] | None = None,
+        runs: list[list[int]] | None = None,
         **arguments: Any,
     ) -> Any:
         """Prune features that were encoded without pruning: several settings on one pass of the vision tower.
@@ -136,8 +136,8 @@ class RBLModelMixin(RBLMixin):
         Args:
             outputs (`BaseModelOutputWithPooling`): of `get_image_features(…, pruning=PruningConfig(enabled=False))`.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
-            runs (`list[int]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which tiles
-                are one image.
+            runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
+                tiles are one image, see [`Family.grouped`].
             arguments: the other arguments of that call, `pixel_values` included.
 
         Returns:
@@ -147,7 +147,7 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs)
+        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs or [])
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
         self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, tower_outputs=hidden)
         return pruned
