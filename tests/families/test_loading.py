@@ -97,7 +97,9 @@ def test_classes_are_imported_and_pickled_by_name(kit: Kit):
 
 
 CODE = [
-    pytest.param(name, marks=() if name == "qwen3_vl" else pytest.mark.slow) for name, case in CASES.items() if case.core
+    pytest.param(name, marks=() if name == "qwen3_vl" else pytest.mark.slow)
+    for name, case in CASES.items()
+    if case.core
 ]
 
 

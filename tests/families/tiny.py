@@ -220,7 +220,9 @@ def frames_of_tiles(tokens: int, side: int) -> Callable[[int, Size, Draw], Pictu
 
     def video(frames: int, size: Size, draw: Draw) -> Picture:
         pixels = {"pixel_values_videos": draw(1, frames, 3, side, side)}
-        return Picture([START, *[VIDEO] * (frames * tokens), END], pixels, [frames * tokens], frozenset(), "video", VIDEO)
+        return Picture(
+            [START, *[VIDEO] * (frames * tokens), END], pixels, [frames * tokens], frozenset(), "video", VIDEO
+        )
 
     return video
 

@@ -71,14 +71,12 @@ class Family:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]]) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images. `runs` are lengths of runs of placeholders: of
-        the whole prompt, and of what a cache does not hold of it; those that the entries fill are theirs."""
+    def grouped(self, entries: list[torch.Tensor], runs: list[int] | None) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images; `runs` are lengths of runs of placeholders."""
         lengths = [len(entry) for entry in entries]
-        theirs = next((run for run in runs if sum(run) == sum(lengths)), None)
-        if not self.runs or theirs is None:
+        if not self.runs or runs is None or sum(runs) != sum(lengths):
             return entries
-        ends = set(accumulate(theirs))
+        ends = set(accumulate(runs))
         images: list[list[torch.Tensor]] = [[]]
         for entry, end in zip(entries, accumulate(lengths)):
             images[-1].append(entry)
