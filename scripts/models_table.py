@@ -20,8 +20,8 @@ from transformers_rbl.models.layout import NEWLINE
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from families.conftest import Kit  # noqa: E402  the models and prompts that the contracts are tested with
-from families.tiny import CASES  # noqa: E402
+from families.conftest import Kit
+from families.tiny import CASES
 
 
 PAGE = """# Models
@@ -32,8 +32,7 @@ save, load and remote code. `family_class("{example}")`, `rbl_class("a/checkpoin
 `from transformers_rbl import {example_class}` give the pruned class; a family that the installed transformers lacks is
 absent, and other families raise, naming these (`allow_untested=True` tries).
 
-| model type | class | budget of | known before encoding | video | row ends | `tiles="base"` | \\[cls\\] | positions | vLLM | raises |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{head}
 {rows}
 
 - **Budget of**: what `keep_ratio` counts: an image, an image with all its tiles, or each tile, where the tiles of an
@@ -52,6 +51,12 @@ the test suite compares this page with what the script gives.
 """
 
 
+COLUMNS = (
+    "model type", "class", "budget of", "known before encoding", "video", "row ends", '`tiles="base"`', "\\[cls\\]",
+    "positions", "vLLM", "raises",
+)  # fmt: skip
+
+
 def page(kit_of: Callable[[str], Kit]) -> str:
     """The whole page, given a tiny model of each family."""
     example = "qwen3_vl"
@@ -59,6 +64,7 @@ def page(kit_of: Callable[[str], Kit]) -> str:
         count=len(FAMILIES),
         example=example,
         example_class=kit_of(example).full.__name__,
+        head="| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS),
         rows="\n".join("| " + " | ".join(row(kit_of(name))) + " |" for name in FAMILIES),
         version=".".join(transformers.__version__.split(".")[:2]),
     )

@@ -1,4 +1,4 @@
-"""Files: keys of every layout, save and load, Auto classes, pickles, imports, remote code; and what the list promises."""
+"""Files of every family: keys, save and load, Auto classes, pickles, imports, remote code; budgets, LoRA, deepstack."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
 import transformers_rbl
-from transformers_rbl import PruningConfig
 from transformers_rbl.models.auto_rbl import family_class, rbl_class
 from transformers_rbl.models.families import FAMILIES
 
-from .conftest import GREEDY, RATIO, Answer, Kit, generated, same
-from .tiny import CASES, SPECIAL, WIDTH, words
+from .conftest import GREEDY, RATIO, Kit, generated, same
+from .tiny import CASES, SPECIAL
 
 
 # Loads a folder where this library cannot be imported, and compares with what was saved beside it.
@@ -153,8 +152,8 @@ def test_tiles_of_one_image_share_its_budget_where_the_prompt_shows_them(kit: Ki
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_lora(name: str, kits: Callable[[str], Kit]):
-    """One family with 1-D positions, one with m-RoPE, one with deepstack: an adapter that changes nothing answers alike,
-    and its weights get gradients through the pruned prompt."""
+    """With 1-D positions, m-RoPE, deepstack: an adapter that changes nothing answers alike, its weights get gradients
+    through the pruned prompt."""
     peft: Any = pytest.importorskip("peft")
     kit = kits(name)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
