@@ -45,7 +45,9 @@ class Kit:
 
     def load(self, **kwargs: Any) -> Any:
         """A pruned model of its own."""
-        return self.full.from_pretrained(self.folder, **{"codebook": self.codebook, "keep_ratio": RATIO} | kwargs).eval()
+        return self.full.from_pretrained(
+            self.folder, **{"codebook": self.codebook, "keep_ratio": RATIO} | kwargs
+        ).eval()
 
     @cached_property
     def stock(self) -> Any:

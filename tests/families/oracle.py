@@ -45,7 +45,9 @@ class Oracle:
         stay = set(picture.ends)
         for count in picture.parts:
             part, scored = scored[:count], scored[count:]
-            scores = {i: max(float(torch.cosine_similarity(tokens[i], p, dim=0)) for p in self.prototypes) for i in part}
+            scores = {
+                i: max(float(torch.cosine_similarity(tokens[i], p, dim=0)) for p in self.prototypes) for i in part
+            }
             stay |= set(sorted(part, key=lambda i: (scores[i], i))[: max(1, round(ratio * count))])
         assert not scored, "a picture's parts do not cover it"
         return [i in stay for i in range(len(tokens))]
@@ -166,4 +168,11 @@ class Oracle:
 def _names(modality: str) -> tuple[str, ...]:
     if modality == "video":
         return ("pixel_values_videos", "video_grid_thw")
-    return ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "spatial_shapes", "image_position_ids")
+    return (
+        "pixel_values",
+        "image_grid_thw",
+        "image_sizes",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "image_position_ids",
+    )

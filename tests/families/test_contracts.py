@@ -168,7 +168,9 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(kit: Kit, pixels: str)
     prompt = [*kit.one, said, *more[0]]
     visual = kit.case.visual([prompt] if pixels == "all pixels" else more)
     inputs = continued(kit, begun.sequences, first, more, visual)
-    assert same(generated(kit.model, inputs, **{CACHE: begun[CACHE]}), [expected_of(kit, prompt, first["input_ids"].shape[1])])
+    assert same(
+        generated(kit.model, inputs, **{CACHE: begun[CACHE]}), [expected_of(kit, prompt, first["input_ids"].shape[1])]
+    )
 
 
 def test_a_new_image_in_the_second_turn_of_a_batch(kit: Kit):

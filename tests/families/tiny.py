@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,7 @@ def _types(item: list[int] | Picture) -> list[int]:
 
 def tiles(tokens: int, side: int, shared: bool = False, marks: tuple[list[int], list[int]] = ([START], [END]),
           between: list[int] | None = None) -> Callable[[Size, Draw], Picture]:  # fmt: skip
-    """Images of `rows * columns` square tiles; each tile has a budget, or all share one. `between` are text marks before
+    """Images of `rows * columns` tiles; each tile has a budget, or all share one. `between` are marks in text before
     each tile."""
 
     def image(size: Size, draw: Draw) -> Picture:
@@ -195,12 +194,12 @@ def tiles(tokens: int, side: int, shared: bool = False, marks: tuple[list[int], 
     return image
 
 
-def anyres(modality_of_tiles: int = 4, side: int = 28) -> Callable[[Size, Draw], Picture]:
+def anyres(patches: int = 4, side: int = 28) -> Callable[[Size, Draw], Picture]:
     """LLaVA-NeXT's: a thumbnail, then the rows of a grid of tiles, each with a row end."""
 
     def image(size: Size, draw: Draw) -> Picture:
-        rows, columns = (modality_of_tiles * n for n in size)
-        base = modality_of_tiles**2
+        rows, columns = (patches * n for n in size)
+        base = patches**2
         ends = frozenset(base + (columns + 1) * (row + 1) - 1 for row in range(rows))
         return Picture(
             [START, *[IMAGE] * (base + rows * (columns + 1)), END],
@@ -220,7 +219,9 @@ def frames_of_tiles(tokens: int, side: int) -> Callable[[int, Size, Draw], Pictu
 
     def video(frames: int, size: Size, draw: Draw) -> Picture:
         pixels = {"pixel_values_videos": draw(1, frames, 3, side, side)}
-        return Picture([START, *[VIDEO] * (frames * tokens), END], pixels, [frames * tokens], frozenset(), "video", VIDEO)
+        return Picture(
+            [START, *[VIDEO] * (frames * tokens), END], pixels, [frames * tokens], frozenset(), "video", VIDEO
+        )
 
     return video
 
@@ -236,7 +237,7 @@ def native(patch: int, temporal: int = 2, merge: int = 2) -> Callable[[Size, Dra
 
 def native_video(patch: int, timestamps: bool, as_images: bool = False, temporal: int = 2, merge: int = 2
                  ) -> Callable[[int, Size, Draw], Picture]:  # fmt: skip
-    """Qwen-VL's: one grid per temporal patch, side by side or each behind a timestamp; GLM-4V has image placeholders."""
+    """Qwen-VL's: one grid per temporal patch, side by side or behind timestamps; GLM-4V's placeholders are images'."""
 
     def video(frames: int, size: Size, draw: Draw) -> Picture:
         tensors = _grid(frames, size, draw, patch, temporal, merge, "video").tensors
@@ -263,7 +264,7 @@ def _grid(frames: int, size: Size, draw: Draw, patch: int, temporal: int, merge:
 def pixtral(size: Size, draw: Draw) -> Picture:
     """Mistral 3's: a row of merged patches, then a mark in text; the last row ends with another."""
     rows, columns = size
-    ids = [*([IMAGE] * columns + [BREAK]) * rows][:-1] + [END]
+    ids = [*(([IMAGE] * columns + [BREAK]) * rows)[:-1], END]
     height, width = rows * 14, columns * 14
     sizes = torch.tensor([[height, width]])
     return Picture(ids, {"pixel_values": draw(1, 3, height, width), "image_sizes": sizes}, [rows * columns])

@@ -18,11 +18,12 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
-from .seam import MODALITIES, PIXELS, TOKENS, TYPES, VIEWS, Call
+from .seam import PIXELS, TOKENS, TYPES, VIEWS, Call
 
 
 # What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
-CHUNKS, COPIES, UNTYPED = "prefill_chunk_size", "beams or several sequences of several images", "no token_type_ids"
+CHUNKS, UNTYPED = "`prefill_chunk_size`", "no `token_type_ids`"
+COPIES = "beams or `num_return_sequences` over several images of one prompt, or a video"
 
 Arguments = dict[str, Any]  # of `get_image_features` or `get_video_features`, by their stock names
 
@@ -72,11 +73,11 @@ class Family:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
 
-    def grouped(self, entries: list[torch.Tensor], *runs: list[int] | None) -> list[torch.Tensor]:
+    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]] | None) -> list[torch.Tensor]:
         """Tiles that stand side by side in the prompt, joined to images. Each of `runs` is the lengths of runs of
         placeholders (of the whole prompt, of what a cache does not hold); those that the entries fill are theirs."""
         lengths = [len(entry) for entry in entries]
-        theirs = next((run for run in runs if run is not None and sum(run) == sum(lengths)), None)
+        theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None)
         if not self.runs or theirs is None:
             return entries
         ends = set(accumulate(theirs))
@@ -137,7 +138,7 @@ class Family:
         """
         if chunked and CHUNKS in self.refuses:
             raise ValueError(f"Leave prefill_chunk_size out for {self.model_type} models: {self.refuses[CHUNKS]}.")
-        if copies > 1 and COPIES in self.refuses and _several_in_one_prompt(call):
+        if copies > 1 and COPIES in self.refuses and _several_images_or_video(call):
             raise ValueError(
                 f"Beams and num_return_sequences need prompts of one image with {self.model_type} models: "
                 f"{self.refuses[COPIES]}."
@@ -462,16 +463,13 @@ def cls_cosines(hidden_states: Any, layers: int | list[int]) -> torch.Tensor:
     return torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)[..., None]
 
 
-def _several_in_one_prompt(call: Call) -> bool:
-    """Whether a prompt has more images, or videos, than one, told by token types."""
-    types = call.along.get(TYPES)
-    for kind, modality in enumerate(MODALITIES, start=1):
-        grids, features = call.visual.get(f"{modality}_grid_thw"), call.features.get(modality)
-        count = len(features[TOKENS]) if features is not None else 0 if grids is None else len(grids)
-        rows = len(call.prompt) if types is None else int((types == kind).any(-1).sum())
-        if count > rows:
-            return True
-    return False
+def _several_images_or_video(call: Call) -> bool:
+    """Whether a prompt has more than one image, told by token types, or a video."""
+    if "video" in call.pixels or "video" in call.features:
+        return True
+    grids, features, types = call.visual.get("image_grid_thw"), call.features.get("image"), call.along.get(TYPES)
+    count = len(features[TOKENS]) if features is not None else 0 if grids is None else len(grids)
+    return count > (len(call.prompt) if types is None else int((types == 1).any(-1).sum()))
 
 
 _DESCRIBES_TILES = (PIXELS["image"], "image_sizes", "batch_num_images", "vision_aspect_ratio")

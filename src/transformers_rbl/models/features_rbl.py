@@ -98,8 +98,8 @@ class RBLModelMixin(RBLMixin):
             modality (`str`): `"image"` or `"video"`.
             arguments (`dict[str, Any]`): of the stock method.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
-            runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
-                tiles are one image, see [`Family.grouped`].
+            runs (`list[list[int]]`, *optional*): lengths of runs of placeholders, where that tells which tiles are one
+                image: of the whole prompt, and of what a cache does not hold of it.
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
@@ -119,7 +119,7 @@ class RBLModelMixin(RBLMixin):
             else:
                 outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
-            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], *(runs or ()))
+            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs)
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -147,7 +147,7 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs or [])
+        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
         self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, tower_outputs=hidden)
         return pruned

@@ -42,8 +42,11 @@ def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> to
 
 
 def next_position(plan: PromptPlan, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """`(batch,)`: the position after the last entry, given the compact `position_ids`."""
+    """`(batch,)`: the position after the last entry, given the compact `position_ids`. As stock goes on: from the last
+    token, behind which a video's time may lie."""
     if position_ids is None:
         return torch.full_like(plan.past.next_position, plan.attention_mask.shape[1])
-    latest = position_ids[-3:].amax(0) if position_ids.ndim == 3 else position_ids
-    return latest.masked_fill(~plan.mask, -1).amax(-1) + 1
+    axes = position_ids[-3:] if position_ids.ndim == 3 else position_ids[None]
+    last = (plan.mask.long() * torch.arange(1, plan.mask.shape[1] + 1, device=plan.mask.device)).argmax(-1)
+    after = axes.amax(0).gather(1, last[:, None])[:, 0] + 1
+    return torch.where(plan.mask.any(-1), after, 0)
