@@ -26,7 +26,16 @@ from ..models.seam import ASIDE, CACHE
 from .measures import answer_confidence, answer_divergence, neighbourhoods
 from .recipe import CHOICES, Recipe
 from .selection import Probe
-from .showing import Shown, family_of, features_of, why_not
+from .showing import (  # noqa: F401  (some were here in 0.1.0)
+    Shown,
+    base_pixels,
+    family_of,
+    features_of,
+    is_supported,
+    split_prompt,
+    tokenizer_of,
+    why_not,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -92,12 +101,15 @@ class Asked:
 
     def followed_by(self, ids: torch.Tensor) -> Asked:
         """With one more token of text `(T,)` in each row."""
-        upcoming = None if self.positions is None else self.positions.amax((0, 2))[None, :, None] + 1
+        positions = self.positions
+        if positions is not None:
+            upcoming = positions.amax((0, 2))[None, :, None] + 1
+            positions = torch.cat([positions, upcoming.expand(3, -1, -1)], dim=-1)
         return replace(
             self,
             ids=torch.cat([self.ids, ids.to(self.ids)[:, None]], dim=1),
             slots=torch.nn.functional.pad(self.slots, (0, 1)),
-            positions=None if upcoming is None else torch.cat([self.positions, upcoming.expand(3, -1, -1)], dim=-1),
+            positions=positions,
             types={name: torch.nn.functional.pad(values, (0, 1)) for name, values in self.types.items()},
         )
 

@@ -142,9 +142,8 @@ def show_whole(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, i
     family, headless = family_of(model), model.base_model
     assert family is not None  # why_not asks first
     whole = {name: False for name in TILING if hasattr(processor.image_processor, name)}
-    inputs: Any = processor(  # the base class declares its options as one nested dict
-        images=[[image]], text=[prompt_text(processor, prompt, 1)], return_tensors="pt", images_kwargs=whole
-    )  # pyright: ignore[reportCallIssue]
+    settings: Any = {"images": [[image]], "return_tensors": "pt", "images_kwargs": whole}
+    inputs: Any = processor(text=[prompt_text(processor, prompt, 1)], **settings)
     inputs = inputs.to(model.device, model.dtype)
     along, visual = split_inputs(inputs)
     ids = along["input_ids"][0]
