@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.models.auto_rbl import family_class
+from transformers_rbl.models.seam import NEWEST_TESTED
 
 from .oracle import Oracle
 from .tiny import CASES, EOS, SPECIAL, WIDTH, Case, Picture, Prompt, words
@@ -120,6 +123,16 @@ def same(ours: list[Answer], expected: list[Answer]) -> bool:
     return True
 
 
+def skip_if_refused(name: str) -> None:
+    """An older transformers may have a stock class that ours refuses; the newest tested one has none."""
+    try:
+        family_class(name)
+    except TypeError as error:
+        if Version(transformers.__version__).release[:2] >= Version(NEWEST_TESTED).release[:2]:
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kit]:
     """A family's kit, built when it is first asked for."""
@@ -130,6 +143,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kit]:
         if not case.installed:
             pytest.skip(f"The installed transformers has no {name}.")
         if name not in built:
+            skip_if_refused(name)
             built[name] = Kit(case, case.build(tmp_path_factory.mktemp(name)))
         return built[name]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transformers_rbl.models.families import COPIES
-from transformers_rbl.models.seam import CACHE, CACHE_NAMES
+from transformers_rbl.models.seam import CACHE, CACHE_NAMES, can_chunk_images
 
 from .conftest import ALL, GREEDY, OFF, RATIO, Answer, Kit, generated, same, until_end
 from .tiny import EOS, IMAGE, SPECIAL, Prompt, words
@@ -113,11 +113,12 @@ def test_beams_equal_stock_on_compact_embeddings(kit: Kit, prompt: str):
 
 
 def test_two_images_of_one_prompt_are_refused_only_where_stock_mixes_them(kit: Kit):
-    """Stock's greedy answer and its nearly greedy samples differ just where `Family.refuses` says so."""
+    """Nearly greedy samples of two images are the greedy answer; where ours refuses them, stock's are not."""
     copies = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2}
-    greedy, sampled = (kit.answers(kit.stock, kit.two, **more) for more in ({}, copies))
+    model = kit.stock if COPIES in kit.model.family.refuses else kit.model
+    greedy, sampled = (kit.answers(model, kit.two, **more) for more in ({}, copies))
     mixed = any(sample.tokens != greedy[0].tokens for sample in sampled)
-    assert mixed == (COPIES in kit.model.family.refuses)
+    assert mixed == (model is kit.stock)
 
 
 def turn(kit: Kit, *prompts: Prompt) -> Any:
@@ -158,9 +159,16 @@ def test_a_second_turn_equals_the_oracle_under_every_name_of_the_cache(kit: Kit,
         assert same(generated(kit.model, inputs, **{name: turn(kit, *prompts)[CACHE]}), expected)
 
 
+def skip_where_stock_sees_one_way(kit: Kit) -> None:
+    """Gemma 3 of 5.19 lets a new image behind a cache see forwards alone, in the stock class as in ours."""
+    if kit.name == "gemma3" and not can_chunk_images():
+        pytest.skip("Stock's own: on this version a new image behind a cache sees forwards alone.")
+
+
 @pytest.mark.parametrize("pixels", ["new pixels alone", "all pixels"])
 def test_a_new_image_in_the_second_turn_equals_the_oracle(kit: Kit, pixels: str):
     """The prompt given whole, with the new image's pixels or with those of both."""
+    skip_where_stock_sees_one_way(kit)
     more = [[words(2, 6), kit.pictures[1], words(3, 7)]]
     first = kit.inputs(kit.one)
     begun = turn(kit, kit.one)
@@ -175,6 +183,7 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(kit: Kit, pixels: str)
 
 def test_a_new_image_in_the_second_turn_of_a_batch(kit: Kit):
     """New pixels alone, two rows: each image goes to its own prompt."""
+    skip_where_stock_sees_one_way(kit)
     prompts = [kit.one, [words(7, 8), kit.pictures[2], words(3, 9)]]
     more = [[words(2, 6), picture, words(3, 7)] for picture in (kit.pictures[1], kit.pictures[1])]
     first, begun = kit.inputs(*prompts), turn(kit, *prompts)
@@ -195,6 +204,8 @@ def test_what_stock_answers_as_it_answers_greedily_ours_does_and_the_rest_raises
         "lookup": {"prompt_lookup_num_tokens": 3},
     }[mode]
     prompts = [kit.one] if mode == "lookup" else [kit.one, kit.two]
+    if mode == "static" and kit.name == "gemma4" and not can_chunk_images():
+        pytest.skip("Stock's own: on this version a static cache of Gemma 4 answers otherwise than a dynamic one.")
 
     def holds(model: Any) -> bool:
         return same(kit.answers(model, *prompts, **settings), kit.answers(model, *prompts))
@@ -202,8 +213,8 @@ def test_what_stock_answers_as_it_answers_greedily_ours_does_and_the_rest_raises
     if outcome(lambda: holds(kit.stock)) is True:
         assert holds(kit.model)
     else:
-        with pytest.raises(ValueError):
-            kit.answers(kit.model, *prompts, **settings)
+        ours = outcome(lambda: holds(kit.model))
+        assert ours is True or isinstance(ours, ValueError), ours
 
 
 def test_embeddings_in_place_of_ids(kit: Kit):

@@ -271,15 +271,16 @@ def pixtral(size: Size, draw: Draw) -> Picture:
 
 
 def siglip2(size: Size, draw: Draw) -> Picture:
-    """LFM2-VL's: flat patches, a mask and a shape."""
+    """LFM2-VL's: two tiles behind marks in text, each flat patches, a mask and a shape."""
     rows, columns = size
     patches = rows * columns * 4
     tensors = {
-        "pixel_values": draw(1, patches, 3 * 7 * 7),
-        "pixel_attention_mask": torch.ones(1, patches, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[2 * rows, 2 * columns]]),
+        "pixel_values": draw(2, patches, 3 * 7 * 7),
+        "pixel_attention_mask": torch.ones(2, patches, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[2 * rows, 2 * columns]] * 2),
     }
-    return Picture([START, *[IMAGE] * (rows * columns), END], tensors, [rows * columns])
+    tile = [BREAK, *[IMAGE] * (rows * columns)]
+    return Picture([START, *tile, *tile, END], tensors, [rows * columns] * 2)
 
 
 def pooled(size: Size, draw: Draw) -> Picture:

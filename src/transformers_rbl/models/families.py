@@ -359,6 +359,12 @@ class LlavaNextVideoFamily(LlavaNextFamily):
         videos, side = arguments[PIXELS["video"]], grid_side(model.config) // model.config.spatial_pool_stride
         return [VisualLayout.of_patches(len(frames) * side**2, len(frames), (side, side)) for frames in videos]
 
+    def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
+        outputs = super().encode(model, modality, arguments)
+        if modality == "video":  # some releases keep frames apart
+            outputs[TOKENS] = [video.reshape(-1, video.shape[-1]) for video in outputs[TOKENS]]
+        return outputs
+
     def cls_similarity(self, model, modality, outputs, arguments, base_alone):
         if modality == "image":
             return super().cls_similarity(model, modality, outputs, arguments, base_alone)

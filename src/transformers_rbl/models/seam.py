@@ -190,6 +190,12 @@ def check_stock(stock: Any, mrope: bool = False) -> None:
         )
     if is_full and not hasattr(stock, MERGE):
         raise TypeError(f"{stock.__name__} of {installed()} has no {MERGE}, which a user's processors need: {reason}")
+    merger = getattr(stock, "inputs_merger", None)  # SmolVLM's, of releases that count tiles by their placeholders
+    if merger is not None and "patch_size" in merger.__code__.co_varnames:
+        raise TypeError(
+            f"{stock.__name__} of {installed()} takes whole tiles of visual tokens alone: pruning this model needs a "
+            "newer transformers."
+        )
     roles = {ROLES[name] for name in _argument_names(stock.forward)}
     if missing := [role for role in NEEDED if role not in roles]:
         names = ", ".join(" or ".join(name for name, known in ROLES.items() if known is role) for role in missing)
