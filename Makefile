@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 # What transformers can break: the tests of models, their files and their training.
 CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation \
-	errors families generate loading masked prompt pruning scorers seam training video)
+	errors families generate loading masked prompt pruning scorers seam training verify video) tests/families
 
 .PHONY: quickstart codebook lint types test test-core docs wheel constraints
 
@@ -27,10 +27,10 @@ types: $(INSTALLED)
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-core: $(INSTALLED)
-	$(BIN)/python -m pytest $(CORE_TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n auto $(CORE_TESTS) $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict $(ARGS)

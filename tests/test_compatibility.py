@@ -25,7 +25,9 @@ from transformers_rbl.moved import MOVED
 
 SAVED = Path(__file__).parent / "fixtures" / "saved-by-0.1.0"
 EXPECTED = json.loads((SAVED / "expected.json").read_text())
-NAMES = (SAVED / "public-names.txt").read_text().split()
+# `Prober` is asked about what `building.showing.show` makes of an image, and encodes none itself: it serves any family.
+GONE = {"transformers_rbl.building.probing.Prober.encode"}
+NAMES = sorted(set((SAVED / "public-names.txt").read_text().split()) - GONE)
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 

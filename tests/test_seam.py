@@ -89,6 +89,42 @@ def test_a_family_that_changed_leaves_the_others_and_says_why(monkeypatch):
     assert family_class("qwen3_vl").stock is transformers.Qwen3VLForConditionalGeneration
 
 
+def test_a_renamed_function_of_positions_is_refused():
+    """Without it every m-RoPE family would fall back to 1-D positions, without a word."""
+
+    class New(transformers.LlavaModel):
+        def get_rope_index(self, input_ids, mm_token_type_ids):
+            raise AssertionError("never called")
+
+    check_stock(transformers.Qwen2VLModel, mrope=True)
+    for stock, mrope, has in (
+        (transformers.LlavaModel, True, "no"),
+        (New, False, "a"),
+        (transformers.Qwen2VLModel, False, "a"),
+    ):
+        with pytest.raises(TypeError, match=f"has {has} get_rope_index"):
+            check_stock(stock, mrope)
+    untyped = with_argument(transformers.Qwen2VLModel, "forward", "mm_token_type_ids", "labels")
+    with pytest.raises(TypeError, match="takes no mm_token_type_ids"):
+        check_stock(untyped, mrope=True)
+
+
+@pytest.mark.parametrize(
+    "features", [{"images": None}, {"image": (torch.zeros(1),)}, {"image": torch.zeros(1, 4)}], ids=str
+)
+def test_features_of_another_form_get_a_sentence(pruned, one, features):
+    given = {
+        key: value if value is not None else pruned.get_image_features(**visual(one)) for key, value in features.items()
+    }
+    with pytest.raises(ValueError, match="it takes what get_image_features"):
+        pruned(input_ids=one.input_ids, mm_encoder_outputs=given)
+
+
+def test_a_prompt_given_twice_is_refused(pruned, one):
+    with pytest.raises(ValueError, match="given twice, as inputs and input_ids"):
+        pruned.generate(one.input_ids, **one)
+
+
 def test_features_with_an_unknown_part_are_refused(family, one):
     model = family.pruned()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from transformers_rbl import PruningConfig
 from transformers_rbl.models.families import COPIES
 from transformers_rbl.models.seam import CACHE, CACHE_NAMES, can_chunk_images
 
@@ -157,6 +159,26 @@ def test_a_second_turn_equals_the_oracle_under_every_name_of_the_cache(kit: Kit,
     inputs = continued(kit, begun.sequences, first, [[question]] * 2, visual)
     for name in CACHE_NAMES[:2]:
         assert same(generated(kit.model, inputs, **{name: turn(kit, *prompts)[CACHE]}), expected)
+
+
+@pytest.mark.parametrize("settings", [OFF, ALL], ids=["off", "keep all"])
+def test_a_turn_from_which_nothing_leaves_goes_on_as_stock(kit: Kit, settings: PruningConfig):
+    """Contracts 1 and 2 behind a cache: an image, then text, then another image kept whole and text again, against one
+    pass of the stock model over everything."""
+    skip_where_stock_sees_one_way(kit)
+    model, question = kit.load(), words(4, 6)
+    inputs, prompt = kit.inputs(kit.one), [*kit.one]
+    begun = model.generate(**inputs, **FOUR, return_dict_in_generate=True, pruning=settings)
+    turns = [[question], [words(2, 6), kit.pictures[1], words(3, 7)], [question]]
+    for more in turns[:1] if settings is OFF else turns:
+        prompt += [begun.sequences[0, inputs["input_ids"].shape[1] :].tolist(), *more]
+        inputs = continued(kit, begun.sequences, inputs, [more], kit.case.visual([more]) if len(more) > 1 else {})
+        over = {**inputs, **kit.case.visual([prompt])}
+        cache = {CACHE: copy.deepcopy(begun[CACHE])}
+        assert same(generated(model, inputs, **cache, pruning=settings), generated(kit.stock, over))
+        begun = model.generate(
+            **inputs, **{CACHE: begun[CACHE]}, **FOUR, return_dict_in_generate=True, pruning=settings
+        )
 
 
 def skip_where_stock_sees_one_way(kit: Kit) -> None:

@@ -451,6 +451,8 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
             "processor returns."
         )
     length = call.input_ids.shape[1]
+    if types.shape[1] < length:
+        raise ValueError(f"{TYPES} of shape {tuple(types.shape)} does not cover a prompt of {length} tokens.")
     types, mask = types[:, -length:], None if call.attention_mask is None else call.attention_mask[:, -length:]
     shown = types if mask is None else types * mask
     merge = model.base_model.config.vision_config.spatial_merge_size
@@ -464,7 +466,13 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     if not whole and past.memory is None:
         raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
     own_mask = None if mask is None else mask[:, first:]
-    positions, _ = rope(call.input_ids[:, first:], **described, **{TYPES: types[:, first:], "attention_mask": own_mask})
+    along = {TYPES: types[:, first:], "attention_mask": own_mask}
+    try:
+        positions, _ = rope(call.input_ids[:, first:], **described, **along)
+    except (RuntimeError, StopIteration) as error:  # as many tokens in all, but not in each prompt
+        raise ValueError(
+            "The images' grids do not fit the prompts in their order: give images as prompts name them."
+        ) from error
     return positions if whole else positions + past.memory.position_at(past.length, call.attention_mask)[:, None]
 
 
