@@ -14,7 +14,7 @@ MOVED = {
     "cards": ["hub.cards"],
     "codebook": ["models.codebook"],
     "configuration_rbl": ["models.configuration_rbl"],
-    "features_rbl": ["models.features_rbl", "models.families"],
+    "features_rbl": ["models.features_rbl", "models.llava_family"],
     "generation_rbl": ["models.generation_rbl"],
     "hub": ["hub.push", "models.loading"],  # a package today, which asks this table itself
     "loading": ["models.loading"],

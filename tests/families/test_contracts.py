@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig
-from transformers_rbl.models.families import COPIES
+from transformers_rbl.models.family import COPIES
 from transformers_rbl.models.seam import CACHE, CACHE_NAMES, can_chunk_images
 
 from .conftest import ALL, GREEDY, OFF, RATIO, Answer, Kit, generated, same, until_end

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig
-from transformers_rbl.models.families import COPIES
+from transformers_rbl.models.family import COPIES
 from transformers_rbl.models.seam import CACHE
 
 from .conftest import ALL, GREEDY, RATIO, Answer, Kit, generated, same

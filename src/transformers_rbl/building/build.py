@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..hub.cards import codebook_card
 from ..models.codebook import RedundancyCodebook
-from ..models.families import LlavaFamily, LlavaNextFamily
+from ..models.llava_family import LlavaFamily, LlavaNextFamily
 from .images import ImageSource
 from .probing import Prober, article_tokens
 from .processes import Processes

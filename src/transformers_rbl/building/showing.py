@@ -17,7 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from ..inputs import image_arguments, image_runs, layout_of, split_inputs
-from ..models.families import FAMILIES, Family, LlavaFamily, cls_cosines
+from ..models.families import FAMILIES
+from ..models.family import Family
+from ..models.llava_family import LlavaFamily, cls_cosines
 from ..models.seam import PIXELS, TOKENS, VIEWS, Call, read_by_stock, replaced
 from ..prompts import chat_prompt, placeholder, prompt_text
 from .recipe import Recipe

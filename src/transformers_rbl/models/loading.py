@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .codebook import RedundancyCodebook, library
-from .families import Family
+from .family import Family
 from .pruning import PruningConfig
 
 

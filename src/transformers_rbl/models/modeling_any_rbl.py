@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .configuration_rbl import RBLConfigMixin
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family import Family
 from .features_rbl import RBLModelMixin
 from .generation_rbl import RBLGenerationMixin
 from .seam import ROPE, installed

@@ -1,0 +1,155 @@
+"""What a family of models does differently from the others: what a `Family` can say.
+
+Most families say nothing: stock `get_image_features` returns one entry of visual tokens per image or tile, which is
+scored and counted by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .layout import VisualLayout
+from .seam import TOKENS, TYPES, VIEWS, Call
+
+
+# What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
+CHUNKS, UNTYPED = "`prefill_chunk_size`", "no `token_type_ids`"
+COPIES = "beams or `num_return_sequences` over several images of one prompt, or a video"
+Arguments = dict[str, Any]  # of `get_image_features` or `get_video_features`, by their stock names
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models. The methods here are those of a family of which nothing special is known.
+
+    Args:
+        model_type (`str`): transformers' name of it.
+        projector (`str`): the headless model's module that makes visual tokens, beside which the codebook sits.
+        stacked (`bool`): stock `forward` reads one tensor of all images' tokens, not a list.
+        units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
+            one entry of `pooler_output`.
+        mrope (`bool`): positions say where a token lies in its image.
+        runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
+        refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
+    """
+
+    model_type: str
+    projector: str = "multi_modal_projector"
+    stacked: bool = False
+    units: Callable[[PreTrainedConfig, int], list[int]] | None = None
+    mrope: bool = False
+    runs: bool = False
+    video_as_image: bool = False
+    refuses: dict[str, str] = field(default_factory=dict)
+
+    def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
+        """Per image or video, before anything is encoded; None where a family knows its layout only afterwards."""
+        return None
+
+    def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
+        """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
+        outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)
+        for name in (TOKENS, *VIEWS):
+            if outputs.get(name) is not None:
+                views = [outputs[name]] if name == TOKENS else outputs[name]
+                views = [self.split(model.config, list(view)) for view in views]
+                outputs[name] = views[0] if name == TOKENS else views
+        return outputs
+
+    def split(self, config: PreTrainedConfig, entries: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Entries of `pooler_output` as images (or tiles, where a family cannot tell)."""
+        if self.units is None:
+            return entries
+        return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
+
+    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]] | None) -> list[torch.Tensor]:
+        """Tiles that stand side by side in the prompt, joined to images. Each of `runs` is the lengths of runs of
+        placeholders (of the whole prompt, of what a cache does not hold); those that the entries fill are theirs."""
+        lengths = [len(entry) for entry in entries]
+        theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None)
+        if not self.runs or theirs is None:
+            return entries
+        ends = set(accumulate(theirs))
+        images: list[list[torch.Tensor]] = [[]]
+        for entry, end in zip(entries, accumulate(lengths)):
+            images[-1].append(entry)
+            if end in ends:
+                images.append([])
+        return [torch.cat(tiles) for tiles in images if tiles]
+
+    def must_encode(self, modality: str, arguments: Arguments) -> bool:
+        """Whether stock cannot take these arguments as they are, pruned or not."""
+        return False
+
+    def encode_base(self, model: Any, arguments: Arguments) -> Any:
+        """Features of the base images alone; only families with tiles are asked."""
+        raise NotImplementedError(f"{self.model_type} has no base images.")
+
+    def cls_similarity(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    ) -> list[torch.Tensor]:
+        """Per image `(L,)` float32: cosine of each visual token's vision feature with [cls]'s."""
+        raise ValueError(
+            "score='cls_similarity_low' and 'cls_similarity_high' need a vision tower with a [cls] token, and that of "
+            f"{self.model_type} has none or does not hand it out: choose another score."
+        )
+
+    def has_cls(self, model: Any) -> bool:
+        """Whether the vision tower has a [cls] token."""
+        return False
+
+    def select(self, model: Any, modality: str, arguments: Arguments, indices: list[int]) -> Arguments | None:
+        """The arguments for these images or videos alone; None if a family cannot take them apart."""
+        return None
+
+    def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
+        """Tokens as stock `forward` reads them."""
+        return torch.cat(tokens)[None] if self.stacked else tokens
+
+    def never_reads(self, config: PreTrainedConfig, key: str) -> bool:
+        """Whether a weight is one that no forward pass reads."""
+        return False
+
+    def check_call(self, call: Call) -> None:
+        """Refuse a prompt with images that the stock class would read in another way once it is pruned."""
+        if UNTYPED in self.refuses and (call.pixels or call.features) and "token_type_ids" not in call.along:
+            raise ValueError(
+                f"token_type_ids is missing: {self.refuses[UNTYPED]}. Pass everything that the processor returns."
+            )
+
+    def check_generation(self, call: Call, chunked: bool, copies: int) -> None:
+        """Refuse what the stock class generates wrongly.
+
+        Args:
+            call ([`Call`]): of `generate`.
+            chunked (`bool`): whether the prefill is split.
+            copies (`int`): beams, or sequences per prompt.
+        """
+        if chunked and CHUNKS in self.refuses:
+            raise ValueError(f"Leave prefill_chunk_size out for {self.model_type} models: {self.refuses[CHUNKS]}.")
+        if copies > 1 and COPIES in self.refuses and _several_images_or_video(call):
+            raise ValueError(
+                f"Beams and num_return_sequences need prompts of one image with {self.model_type} models: "
+                f"{self.refuses[COPIES]}."
+            )
+
+
+def grid_side(config: PreTrainedConfig) -> int:
+    """Patches along one side of a square image."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def _several_images_or_video(call: Call) -> bool:
+    """Whether a prompt has more than one image, told by token types, or a video."""
+    if "video" in call.pixels or "video" in call.features:
+        return True
+    grids, features, types = call.visual.get("image_grid_thw"), call.features.get("image"), call.along.get(TYPES)
+    count = len(features[TOKENS]) if features is not None else 0 if grids is None else len(grids)
+    return count > (len(call.prompt) if types is None else int((types == 1).any(-1).sum()))
