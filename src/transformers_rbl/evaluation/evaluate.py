@@ -17,8 +17,9 @@ from ..prompts import prompt_text
 from ..wording import describe_pruning
 from .metrics import METRICS
 from .questions import Question
-from .results import RuleResult, table_rows, write_results
+from .results import RuleResult, table_rows
 from .timing import timed_prefill
+from .writing import write_results
 
 
 __all__ = ["OFF", "RuleResult", "evaluate", "prompt_inputs", "prompt_text", "table_rows", "write_results"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,30 +76,3 @@ def table_rows(results: Sequence[RuleResult], references: Sequence[Sequence[str]
             row.append(f"{f1(result.answers, references):.3f}")
         rows.append([*row, f"{result.prefill_ms:.1f}", f"{result.cache_mib:.2f}"])
     return columns, rows
-
-
-def write_results(
-    folder: Path, results: Sequence[RuleResult], references: Sequence[Sequence[str]], about: dict[str, Any]
-) -> None:
-    """Write `results.json`, `results.md` and `accuracy.png`.
-
-    Args:
-        folder (`Path`): made if missing.
-        results (`Sequence[RuleResult]`): of [`evaluate`], the unpruned model first.
-        references (`Sequence[Sequence[str]]`): every question's answers.
-        about (`dict[str, Any]`): what was evaluated, by name; JSON types only.
-
-    Raises:
-        ValueError: if there are no results.
-    """
-    from .plots import plot_accuracy
-
-    columns, rows = table_rows(results, references)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {about.get('model', '')}", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    (folder / "results.md").write_text("\n".join([*lines, "", "![Accuracy against retention](accuracy.png)", ""]))
-    content = {"about": about, "results": [vars(result) for result in results]}
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    plot_accuracy(results, folder / "accuracy.png")
