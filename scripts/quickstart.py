@@ -23,6 +23,7 @@ from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.plots import plot_kept
 from transformers_rbl.evaluation.timing import compare_prefills
+from transformers_rbl.inputs import image_arguments, image_runs, layout_of
 from transformers_rbl.wording import describe_pruning
 
 
@@ -78,14 +79,25 @@ def run(
     table = Table(title=f"{Path(str(model_id)).name}, {describe_pruning(model.pruning)}, {model.device}, {model.dtype}")
     for column in ("photo", "visual tokens", "KV cache", "prefill, median", "answer"):
         table.add_column(column, overflow="fold", max_width=34)
-    masks, kinds = [], []
+    shown, masks, layouts = [], [], []
     for number, photo in enumerate(photos, start=1):
         text = prompt_text(processor, prompt, 1)
         inputs = processor(images=photo, text=text, return_tensors="pt").to(model.device)
         seconds, size, output = compare_prefills(model, inputs, {"stock": OFF, "pruned": None}, repeats)
-        mask = output.keep_masks[0]
-        masks.append(mask)
-        kinds += model.model.token_kinds(**inputs)
+        mask = torch.cat(list(output.keep_masks))  # a family that counts by tile has several for one photo
+        layout = layout_of(
+            model.model.layouts(**image_arguments(model, inputs)),
+            [len(part) for part in output.keep_masks],
+            image_runs(model, inputs.input_ids),
+        )
+        if layout is None:
+            console.print(
+                f"Where the {len(mask)} visual tokens of photo {number} lie in it, no processor tells: no picture."
+            )
+        else:
+            shown.append(photo)
+            masks.append(mask)
+            layouts.append(layout)
         for name, count, pruning in (("stock", len(mask), OFF), ("pruned", int(mask.sum()), None)):
             ids = model.generate(**inputs, pruning=pruning, max_new_tokens=max_new_tokens, do_sample=False)
             answer = processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0]
@@ -98,9 +110,10 @@ def run(
             )
         table.add_section()
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plot_kept(photos, masks, kinds, out)
-    console.print(f"What was kept: [bold]{out}[/bold]")
+    if shown:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plot_kept(shown, masks, layouts, out)
+        console.print(f"What was kept: [bold]{out}[/bold]")
 
 
 def printable(text: str) -> str:
@@ -109,7 +122,7 @@ def printable(text: str) -> str:
 
 def main(
     model: Annotated[
-        str | None, typer.Option(help="LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision checkpoint: folder or Hub id.")
+        str | None, typer.Option(help="Checkpoint of any family in docs/models.md: folder or Hub id.")
     ] = None,
     codebook: Annotated[
         str | None, typer.Option(help="Codebook: folder or Hub id; none for a saved RBL model.")
