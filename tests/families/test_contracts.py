@@ -324,3 +324,12 @@ def test_a_hidden_part_of_an_image_leaves_with_its_tokens(kit: Kit):
     assert kit.model(**inputs).prompt_mask[0].nonzero()[:, 0].tolist() == rest.places
     beams = kit.model.generate(**inputs, **GREEDY | {"num_beams": 2, "max_new_tokens": 4})
     assert torch.equal(beams[:, : mask.shape[1]], inputs["input_ids"])
+
+
+def test_base_images_are_refused_where_nothing_tells_which_tile_they_are(kit: Kit):
+    settings = PruningConfig(keep_ratio=RATIO, tiles="base")
+    if kit.model.family.tiled:
+        with pytest.raises(ValueError, match=f"tiles='base' is not to be had with {kit.name}"):
+            kit.model(**kit.inputs(kit.one), pruning=settings)
+    else:
+        assert kit.model(**kit.inputs(kit.one), pruning=settings).keep_masks

@@ -36,6 +36,7 @@ class Family:
             one entry of `pooler_output`.
         mrope (`bool`): positions say where a token lies in its image.
         runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        tiled (`bool`): images come in tiles and nothing tells which is the thumbnail: `tiles="base"` is refused.
         video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
         refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
     """
@@ -46,6 +47,7 @@ class Family:
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
     mrope: bool = False
     runs: bool = False
+    tiled: bool = False
     video_as_image: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
 

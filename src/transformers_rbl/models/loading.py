@@ -166,6 +166,11 @@ class LoadingMixin(Mixed):
         pruning = self.pruning if pruning is None else PruningConfig.from_dict(pruning)
         if pruning is None or not pruning.enabled or id(self.base_model) in _alone.get():
             return None
+        if pruning.tiles == "base" and self.family.tiled:
+            raise ValueError(
+                f"tiles='base' is not to be had with {self.family.model_type} models: nothing tells which of an image's"
+                " tiles is the thumbnail. Leave it at 'all', or switch tiles off in the processor."
+            )
         if self.base_model.codebook is None and pruning.needs_codebook:
             raise ValueError(
                 "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "
