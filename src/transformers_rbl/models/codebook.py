@@ -218,9 +218,9 @@ class RedundancyCodebook(nn.Module):
                 f"{weights_file} is truncated or no safetensors file ({error}); download it again."
             ) from error
         if set(tensors) != {"prototypes"} or tuple(tensors["prototypes"].shape) != shape:
-            found = {key: tuple(value.shape) for key, value in tensors.items()}
+            shapes = {key: tuple(value.shape) for key, value in tensors.items()}
             raise ValueError(
-                f"{weights_file} holds {found}, but {card_file.name} announces prototypes of shape {shape}."
+                f"{weights_file} holds {shapes}, but {card_file.name} announces prototypes of shape {shape}."
             )
         known = {"base_model", "recommended_keep_ratio", "recommended_threshold", "built_with"}
         if unknown := sorted(set(card) - known):
@@ -329,8 +329,8 @@ def library(module: str, what: str) -> ModuleType:
 
 def _check_prototypes(prototypes: torch.Tensor) -> None:
     if not isinstance(prototypes, torch.Tensor) or prototypes.ndim != 2 or 0 in prototypes.shape:
-        found = tuple(prototypes.shape) if isinstance(prototypes, torch.Tensor) else type(prototypes).__name__
-        raise ValueError(f"A codebook is a tensor of prototypes (n, d), with n and d at least 1; got {found}.")
+        got = tuple(prototypes.shape) if isinstance(prototypes, torch.Tensor) else type(prototypes).__name__
+        raise ValueError(f"A codebook is a tensor of prototypes (n, d), with n and d at least 1; got {got}.")
     if not prototypes.is_floating_point():
         raise ValueError(f"Prototypes must be floating point, got {prototypes.dtype}.")
     if bad := int((~prototypes.isfinite()).any(-1).sum()):

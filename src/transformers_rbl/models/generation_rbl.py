@@ -132,8 +132,8 @@ class RBLGenerationMixin(RBLMixin):
             for key, masks in prepared.masks.items():
                 result[key] = masks
             mask = prepared.call.attention_mask
-            whole = prepared.prompt_mask if prepared.plan is not None or mask is None else mask
-            result["prompt_mask"] = whole[:, -prepared.prompt_mask.shape[1] :].bool()
+            seen_by_model = prepared.prompt_mask if prepared.plan is not None or mask is None else mask
+            result["prompt_mask"] = seen_by_model[:, -prepared.prompt_mask.shape[1] :].bool()
         prepared.remember(cache, original_ids if seen == prepared.past.length else None, times)
         return result
 

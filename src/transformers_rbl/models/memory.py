@@ -76,8 +76,8 @@ class CachedPrompt:
     def repeat(self, times: int) -> CachedPrompt:
         """Each row `times` times, as `generate` expands a batch for several return sequences."""
         rows = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value.repeat_interleave(times, dim=0) for name, value in rows.items() if value is not None}
-        return replace(self, **given)
+        repeated = {name: value.repeat_interleave(times, dim=0) for name, value in rows.items() if value is not None}
+        return replace(self, **repeated)
 
     def original_length(self, cache_length: int) -> int:
         """Original positions that a cache of `cache_length` entries stands for: the prompt, then tokens decoded

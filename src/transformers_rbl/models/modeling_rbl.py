@@ -130,10 +130,10 @@ class RBLMixin(LoadingMixin):
         """Whether there is something to prune, or pruned already, in this call; or pixels that stock cannot take."""
         if any(mask in features for features in call.features.values() for mask in MASKS.values()):
             return True
-        given = [modality for modality in MODALITIES if modality in call.pixels]
-        if any(self.family.must_encode(m, call.arguments_of_encoder(self._encoder(m), m)) for m in given):
+        with_pixels = [modality for modality in MODALITIES if modality in call.pixels]
+        if any(self.family.must_encode(m, call.arguments_of_encoder(self._encoder(m), m)) for m in with_pixels):
             return True
-        return bool(given) and self.active_pruning(pruning) is not None
+        return bool(with_pixels) and self.active_pruning(pruning) is not None
 
     def prepare(self, call: Call, past: Past, pruning: PruningConfig | None, seen: int = 0) -> Prepared:
         """Encode, keep, plan, compact: what `forward` and `generate` do before stock runs.
@@ -281,14 +281,14 @@ def spans(columns: torch.Tensor, lengths: list[int], seen: int, modality: str) -
     Raises:
         ValueError: if column `seen`, where a cache ends, lies within an image.
     """
-    found, start = [], 0
+    places, start = [], 0
     for length in lengths:
         first, last = int(columns[start]), int(columns[start + length - 1])
         if first < seen <= last:
             raise ValueError(f"The cache ends in the middle of an {modality}: start with a new cache.")
-        found.append((first, last))
+        places.append((first, last))
         start += length
-    return found
+    return places
 
 
 def _attended(output: Any, placed: torch.Tensor, kept: torch.Tensor) -> Any:

@@ -325,8 +325,8 @@ class Call:
             "mm_encoder_outputs": self.features or None,
             **{PIXELS[modality]: pixels for modality, pixels in self.pixels.items()},
         }
-        given = {name: value for name, value in named.items() if value is not None}
-        return {**given, **self.visual, **self.along, **self.others}
+        by_role = {name: value for name, value in named.items() if value is not None}
+        return {**by_role, **self.visual, **self.along, **self.others}
 
     def copy(self) -> Call:
         """A call of its own: what is changed in it does not reach this one."""
@@ -371,8 +371,8 @@ class Call:
             raise ValueError(
                 f"Pruning needs an attention_mask of shape (batch, original length); got a {type(mask).__name__}."
             )
-        given = [name for name, value in self.others.items() if value is not None]
-        if refused := [name for name in given if ROLES.get(name) is Role.REFUSED]:
+        others = [name for name, value in self.others.items() if value is not None]
+        if refused := [name for name in others if ROLES.get(name) is Role.REFUSED]:
             raise ValueError(f"{', '.join(refused)} describes the unpruned prompt and cannot be used with pruning.")
         lengths = {self.prompt.shape[1]}
         if isinstance(self.attention_mask, torch.Tensor):
@@ -456,14 +456,14 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     types, mask = types[:, -length:], None if call.attention_mask is None else call.attention_mask[:, -length:]
     shown = types if mask is None else types * mask
     merge = model.base_model.config.vision_config.spatial_merge_size
-    whole = past.length == 0 or (seen > 0 and _missing(shown, grids, merge) is None)
-    first = 0 if whole else seen
+    is_whole = past.length == 0 or (seen > 0 and _missing(shown, grids, merge) is None)
+    first = 0 if is_whole else seen
     if (missing := _missing(shown[:, first:], grids, merge)) is not None:
         raise ValueError(
             f"{missing}: use the checkpoint's own processor, hide no part of an image by the attention mask, "
             "and behind a cache give the pixels of all images or of the new ones."
         )
-    if not whole and past.memory is None:
+    if not is_whole and past.memory is None:
         raise ValueError("This cache was filled without pruning: pass the whole prompt with all its images again.")
     own_mask = None if mask is None else mask[:, first:]
     along = {TYPES: types[:, first:], "attention_mask": own_mask}
@@ -473,7 +473,7 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
         raise ValueError(
             "The images' grids do not fit the prompts in their order: give images as prompts name them."
         ) from error
-    return positions if whole else positions + past.memory.position_at(past.length, call.attention_mask)[:, None]
+    return positions if is_whole else positions + past.memory.position_at(past.length, call.attention_mask)[:, None]
 
 
 def _missing(shown: torch.Tensor, grids: dict[str, torch.Tensor], merge: int) -> str | None:
