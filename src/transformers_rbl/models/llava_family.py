@@ -237,7 +237,9 @@ class LlavaNextVideoFamily(LlavaNextFamily):
             outputs[TOKENS] = [video.reshape(-1, video.shape[-1]) for video in outputs[TOKENS]]
         return outputs
 
-    def cls_similarity(self, model, modality, outputs, arguments, base_alone):
+    def cls_similarity(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    ) -> list[torch.Tensor]:
         if modality == "image":
             return super().cls_similarity(model, modality, outputs, arguments, base_alone)
         similarity, side = self._cls_cosines(model, outputs, arguments), grid_side(model.config)
