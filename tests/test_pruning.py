@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig, kept_token_count
-from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, keep_newlines
+from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, VisualLayout, keep_newlines
 from transformers_rbl.models.pruning import select_tokens
 from transformers_rbl.models.scorers import max_cosine
 
@@ -110,3 +110,18 @@ def test_settings_survive_a_dict_and_unknown_keys_raise():
     with pytest.raises(ValueError, match="keepratio.*newer version"):
         PruningConfig.from_dict({"keepratio": 0.5})
     PruningConfig(enabled=False)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 1.0])
+def test_a_layouts_count_in_advance_is_what_it_keeps(per_frame, ratio):
+    """Of a video of three frames, and of an image with a base image, two tiles and row ends."""
+    video = VisualLayout.of_patches(3 * 7, frames=3)
+    image = VisualLayout(torch.tensor([BASE] * 4 + ([PATCH] * 4 + [NEWLINE]) * 2))
+    for layout in (video, image):
+        for newlines, tiles in (("all", "all"), ("last", "all"), ("all", "base"), ("last", "base")):
+            rule = PruningConfig(
+                keep_ratio=ratio, per_frame=per_frame, score="random", newlines=newlines, tiles=tiles, min_tokens=2
+            )
+            kept = layout.keep(torch.randn(int(layout.scored(rule).sum()), 4), rule)
+            assert layout.kept_count(rule) == int(kept.sum()) == layout.encoded(rule).kept_count(rule)

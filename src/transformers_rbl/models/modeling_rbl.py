@@ -60,10 +60,8 @@ class Prepared:
         """Note on the cache what it holds of pruned prompts, `times` rows for each of the call's. Of one from which
         nothing had to leave too, where positions do not follow from the number of entries (m-RoPE)."""
         memory, positions = self.past.memory, self.call.position_ids
-        is_needed = self.plan is not None and (
-            not self.plan.kept.all() or (positions is not None and positions.ndim == 3)
-        )
-        if self.plan is not None and cache is not None and is_needed:
+        own_positions = positions is not None and positions.ndim == 3
+        if self.plan is not None and cache is not None and (own_positions or not self.plan.kept.all()):
             length = self.plan.mask.shape[1]
             upcoming = next_position(self.plan, None if positions is None else positions[..., -length:])
             self.plan.remember(input_ids, upcoming).repeat(times).attach(cache)
