@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from .family import CHUNKS, COPIES, UNTYPED, Arguments, Family, grid_side
 from .layout import VisualLayout
 from .llava_family import LlavaFamily, LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
 from .seam import PIXELS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)

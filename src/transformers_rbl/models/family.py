@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from .layout import VisualLayout
 from .seam import TOKENS, TYPES, VIEWS, Call
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
 CHUNKS, UNTYPED = "`prefill_chunk_size`", "no `token_type_ids`"

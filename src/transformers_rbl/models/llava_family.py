@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .family import Arguments, Family, grid_side
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
 from .seam import PIXELS, TOKENS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class LlavaFamily(Family):
 
     def encode_base(self, model: Any, arguments: Arguments) -> Any:
         """By the code of LLaVA-1.5, which has no tiles."""
+        from transformers import LlavaModel  # late: importing this library imports no model's file
+
         tiles, pixels = self.tiles(model, arguments), arguments[PIXELS["image"]]
         first = list(accumulate(tiles, initial=0))[:-1]
         base = pixels[:, 0] if pixels.ndim == 5 else pixels[first]
@@ -134,6 +137,8 @@ class LlavaNextFamily(LlavaFamily):
     """LLaVA-NeXT (1.6): a base image, and tiles of a grid that fits the image, with row ends."""
 
     def tiles(self, model: Any, arguments: Arguments) -> list[int]:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
         if arguments.get("image_sizes") is None:
             raise ValueError("image_sizes is missing beside pixel_values: pass everything that the processor returns.")
         config = model.config

@@ -8,6 +8,7 @@ and hands them back under the installed names.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
@@ -378,7 +378,7 @@ class Call:
         if isinstance(self.attention_mask, torch.Tensor):
             lengths.add(self.attention_mask.shape[-1])
         for name, value in self.others.items():
-            if name in ROLES or name in _GENERATION or not isinstance(value, torch.Tensor):
+            if name in ROLES or name in _generation_options() or not isinstance(value, torch.Tensor):
                 continue
             if lengths & set(value.shape):
                 raise ValueError(
@@ -489,6 +489,8 @@ def _missing(shown: torch.Tensor, grids: dict[str, torch.Tensor], merge: int) ->
 def can_chunk_images() -> bool:
     """Whether the installed `generate` splits visual features over the chunks of a chunked prefill (5.19 gives every
     chunk all of them, and a wrong answer without a word)."""
+    from transformers.generation import utils as generation_utils
+
     return hasattr(generation_utils, "_slice_mm_encoder_output")
 
 
@@ -498,5 +500,9 @@ def _argument_names(method: Callable) -> list[str]:
     return [p.name for p in parameters if p.name not in ("self", "pruning") and p.kind not in kinds]
 
 
-# Tensors of generate's own, which are prompts or lengths of their own.
-_GENERATION = frozenset(inspect.signature(vars(generation_utils.GenerationMixin)["generate"]).parameters)
+@functools.cache
+def _generation_options() -> frozenset[str]:
+    """Arguments of `generate`'s own: a tensor among them is a prompt or a length of its own."""
+    from transformers import GenerationMixin  # late: families are listed before transformers is imported whole
+
+    return frozenset(inspect.signature(vars(GenerationMixin)["generate"]).parameters)
