@@ -3,7 +3,6 @@ use."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,23 +15,6 @@ def test_the_version_is_the_packages():
     command = [sys.executable, "-m", "transformers_rbl.cli", "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert output == f"transformers_rbl {transformers_rbl.__version__}\n"
-
-
-def test_help_waits_for_nothing_that_a_command_imports():
-    """The package's own `__init__` aside, which imports what it exports."""
-    folder = Path(transformers_rbl.__file__).parent
-    program = f"""
-import sys, types
-package = types.ModuleType("transformers_rbl")
-package.__path__ = [{str(folder)!r}]
-sys.modules["transformers_rbl"] = package
-from transformers_rbl.cli import app
-heavy = {{"torch", "transformers", "datasets", "sklearn", "matplotlib", "gradio"}}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-app(["build", "--help"])
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0 and "--from-records" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(

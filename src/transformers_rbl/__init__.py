@@ -1,17 +1,18 @@
 """Codebook pruning of visual tokens for Hugging Face vision-language models. Importing this registers the Auto classes.
 
-Names are imported when they are first used (PEP 562), and pruned classes of any family in FAMILIES are made then:
-`from transformers_rbl import Qwen3VLForConditionalGenerationRBL`.
+Names are imported when they are first used (PEP 562), torch and transformers with them, and the pruned classes of any
+family in FAMILIES are made then: `from transformers_rbl import Qwen3VLForConditionalGenerationRBL`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .models.auto_rbl import family_class, rbl_class, register
 from .moved import add_aliases
+from .registration import register_with_transformers
 
 
 if TYPE_CHECKING:
+    from .models.auto_rbl import rbl_class
     from .models.codebook import RedundancyCodebook
     from .models.configuration_rbl import LlavaNextRBLConfig, LlavaOnevisionRBLConfig, LlavaRBLConfig
     from .models.modeling_llava_next_rbl import LlavaNextForConditionalGenerationRBL, LlavaNextModelRBL
@@ -35,11 +36,14 @@ _PLACES = {
     "LlavaRBLConfig": "configuration_rbl",
     "PruningConfig": "pruning",
     "RedundancyCodebook": "codebook",
+    "family_class": "auto_rbl",
     "kept_token_count": "pruning",
+    "rbl_class": "auto_rbl",
+    "register": "auto_rbl",
     "scatter_to_prompt": "prompt",
 }
 
-register()
+register_with_transformers()
 add_aliases()
 
 __all__ = [
@@ -66,7 +70,7 @@ def __getattr__(name: str) -> Any:
         public = getattr(import_module(f".models.{_PLACES[name]}", __package__), name)
         model_type = getattr(getattr(public, "config_class", public), "model_type", None)
         if model_type is not None:
-            family_class(model_type)  # with its Auto classes
+            import_module(".models.auto_rbl", __package__).family_class(model_type)  # with its Auto classes
         return public
     if "RBL" in name and not name.startswith("_"):
         return getattr(import_module(".models.modeling_any_rbl", __package__), name)

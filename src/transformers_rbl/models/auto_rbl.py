@@ -1,4 +1,7 @@
-"""Which pruned class belongs to a checkpoint; the Auto classes learn of ours here."""
+"""Which pruned class belongs to a checkpoint; the Auto classes learn of ours here.
+
+The Auto classes are imported inside functions: this file is read right after `AutoConfig` is (see `registration.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import os
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.configuration_utils import PreTrainedConfig
 
 from .families import FAMILIES
 from .seam import warn_if_untested
@@ -60,6 +62,8 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
     Raises:
         ValueError: for a checkpoint of a family that pruning does not know.
     """
+    from transformers import AutoConfig
+
     model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
     try:
         return family_class(model_type, allow_untested)
@@ -69,6 +73,8 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
 
 def register() -> None:
     """Teach `AutoConfig` the model types of all families; their classes are made when a config of theirs is read."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
     warn_if_untested()
     for stock_type in FAMILIES:
         name = f"{stock_type}_rbl"
