@@ -38,6 +38,10 @@ class Example:
         """Per image, `(rows, columns)` bool: the patches that show what questions ask about."""
         raise NotImplementedError
 
+    def others(self) -> dict[str, list[np.ndarray]]:
+        """Whatever else patches show, by name, each as [`~Example.subjects`]: what a rule kept instead."""
+        return {"other": [~subject for subject in self.subjects()]}
+
     def pictures(self) -> list[Image.Image]:
         return [Image.fromarray(image) for image in self.images]
 
