@@ -85,6 +85,7 @@ class Testbed:
         subject (`str`): what its questions ask about, in names of rules and tables.
         card (`str`): for a checkpoint's card, how it came to be and what it answers; examples follow.
         results (`str`): the page of its results.
+        caveats (`tuple[str, ...]`): what figures of it do not say, in Markdown; links are relative to docs/results.
     """
 
     name: str
@@ -95,3 +96,4 @@ class Testbed:
     subject: str
     card: str
     results: str
+    caveats: tuple[str, ...] = ()

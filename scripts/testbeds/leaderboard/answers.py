@@ -92,6 +92,7 @@ class Asked:
             "family": self.case.family,
             "kind": self.case.kind,
             "subject": self.case.testbed.subject,
+            "caveats": list(self.case.testbed.caveats),
             "split": self.scenes.split,
             "examples": len(self.examples),
             "questions": [kind for kind, _, _ in self.examples[0].questions],

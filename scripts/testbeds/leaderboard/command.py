@@ -79,17 +79,21 @@ def main(
         "split": split,
         "seed": seed,
     }
-    content = {"about": about, "cases": answered, "times": times, "needs": needs}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "leaderboard.json").write_text(as_lines(content))
     standings = [Standing(each["about"], each["rows"]) for each in answered]
-    plot_standings(standings, needs, out / "leaderboard.png")
-    lost = []
+    few, lost = min(ratios, key=lambda ratio: abs(ratio - FEW[0])), []
     for case, standing in zip(cases, standings):
-        best = standing.best(FEW[0], [name for name in standing.rules if uses_codebook(name, needs)])
-        found = worst_scene(case, best.split(",")[0], FEW[0], Scenes(min(count, WORST_OF), split, seed))
-        lost += [] if found is None else [found]
-    plot_lost(lost, out / "leaderboard-kept.png")
+        with_book = [name for name in standing.rules if uses_codebook(name, needs)]
+        if with_book:
+            best = standing.best(few, with_book).split(",")[0]
+            lost.append(worst_scene(case, best, few, Scenes(min(count, WORST_OF), split, seed)))
+    lost = [scene for scene in lost if scene is not None]
+    out.mkdir(parents=True, exist_ok=True)
+    plot_standings(standings, needs, out / "leaderboard.png")
+    if lost:
+        plot_lost(lost, out / "leaderboard-kept.png")
+    pictured = {"at": few, "of": WORST_OF, "checkpoints": [scene.checkpoint for scene in lost]}
+    content = {"about": about, "cases": answered, "times": times, "needs": needs, "pictured": pictured}
+    (out / "leaderboard.json").write_text(as_lines(content))
     (out / "leaderboard.md").write_text(page(content))
     print(f"{out / 'leaderboard.md'}, leaderboard.json and pictures; {about['minutes']} CPU-minutes.")
 

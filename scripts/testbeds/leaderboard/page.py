@@ -25,6 +25,14 @@ WORDS = {  # of a scorer's arguments
 }
 
 
+CAVEATS = (
+    "**Resizing**: a tower that takes any size is given a smaller image of the same shape; one of a fixed size a "
+    "smaller square (each tile, each frame), its positions interpolated by the stock tower's code. Sides are rounded "
+    "up to whole patches, so that resizing has at least as many tokens as the rules (`kept` in the JSON).",
+    "One model a checkpoint. Intervals are over scenes.",
+)
+
+
 def page(content: dict[str, Any]) -> str:
     """Markdown of all of it.
 
@@ -42,8 +50,7 @@ def page(content: dict[str, Any]) -> str:
         "## Distance to the oracle",
         *distance(standings, needs),
         "## What was kept instead",
-        *kept_instead(standings, needs),
-        "![What the oracle keeps, and what the codebook keeps](leaderboard-kept.png)",
+        *kept_instead(standings, needs, content["pictured"]),
         "## Time of selection",
         *selection(times, needs),
         "## What a rule needs, and where it runs",
@@ -55,6 +62,7 @@ def page(content: dict[str, Any]) -> str:
 
 
 def heading(about: dict[str, Any], standings: Sequence[Standing]) -> list[str]:
+    caveats = dict.fromkeys(caveat for each in standings for caveat in each.about["caveats"])
     counts = ", ".join(f"{each.about['examples']} of {each.name}" for each in standings)
     return [
         "# Leaderboard: pruning rules at equal retention",
@@ -67,18 +75,7 @@ def heading(about: dict[str, Any], standings: Sequence[Standing]) -> list[str]:
         f"{about['minutes']:.1f} CPU-minutes. Test scenes: {counts}, four questions each, seed {about['seed']}. "
         "This page, its pictures and `leaderboard.json` beside it are written by that command.",
         "## What these figures do not say",
-        "- They are of small models that were trained here, not of a 7B model on photos. All but Qwen3-VL's end their "
-        "training with a stage that shows them parts of images with gaps where nothing is asked about; without it most "
-        "rules lose more, the oracle too ([how much](testbed.md#without-the-window-stage)). Shares above 100% come of "
-        "it.",
-        "- What questions ask about is small and drawn at one size. So **resizing** fares badly for a reason of its "
-        "own: these towers never saw a shrunk digit. A tower that takes any size is given a smaller image of the same "
-        "shape; one of a fixed size a smaller square (each tile, each frame), its positions interpolated by the stock "
-        "tower's code. Sides are rounded up to whole patches, so that resizing has at least as many tokens as the "
-        "rules (column *kept* in the JSON).",
-        "- [cls] of these towers was taught to name the decoys, not the digits, as a caption leaves small print out: "
-        "rules that follow [cls] are shown a case that is hard for them.",
-        "- One seed a checkpoint. Intervals are over scenes, of one model.",
+        "\n".join(f"- {caveat}" for caveat in [*caveats, *CAVEATS]),
     ]
 
 
@@ -152,6 +149,8 @@ def distance(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]
         for ratio in (ratio for ratio in FEW if ratio in standing.retentions):
             names = [name for name in standing.rules if uses_codebook(name, needs)]
             others = [name for name in standing.rules if name not in names]
+            if not names:
+                continue
             best, rival = standing.best(ratio, names), standing.best(ratio, others)
             to_oracle, lead = standing.gap(best, ORACLE, ratio), standing.gap(best, rival, ratio)
             if to_oracle[0] < -TARGET:
@@ -169,22 +168,31 @@ def distance(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]
     ]
 
 
-def kept_instead(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]:
+def kept_instead(standings: Sequence[Standing], needs: dict[str, dict], pictured: dict[str, Any]) -> list[str]:
     """What the tokens that were kept show, of the oracle and of the best rules."""
     rows = []
     for standing in standings:
         for ratio in (ratio for ratio in FEW if ratio in standing.retentions):
             with_book = [name for name in standing.rules if uses_codebook(name, needs)]
             without = [name for name in standing.rules if name not in with_book and name != RESIZED]
-            for name in dict.fromkeys([ORACLE, standing.best(ratio, with_book), standing.best(ratio, without)]):
+            best = [standing.best(ratio, names) for names in (with_book, without) if names]
+            for name in [ORACLE, *best]:
                 run = standing.runs[(name, ratio)]
                 shows = ", ".join(f"{kind} {share:.0%}" for kind, share in run.shows.items())
                 rows.append([standing.name, f"{ratio:.0%}", name, f"{run.found or 0:.0%}", shows])
+    picture = []
+    if pictured["checkpoints"]:
+        picture = [
+            f"Of {pictured['of']} scenes, the image of which the best rule with a codebook kept least of the answer at "
+            f"{pictured['at']:.0%}, beside the oracle; in red, what was asked about and dropped.",
+            "![What the oracle keeps, and what the codebook keeps](leaderboard-kept.png)",
+        ]
     return [
         "Where points are lost to the oracle: the share of what questions ask about (digits, in patches) that is among "
         "the kept tokens, and what the kept tokens show. A rule that keeps decoys has no prototype for them: they say "
         "something to the model, though no question asks about it. The oracle knows the questions.",
         table(["checkpoint", "retention", "rule", "of the answer kept", "the kept tokens show"], rows),
+        *picture,
     ]
 
 
