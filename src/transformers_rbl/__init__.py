@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .models.modeling_llava_rbl import LlavaForConditionalGenerationRBL, LlavaModelRBL
     from .models.prompt import scatter_to_prompt
     from .models.pruning import PruningConfig, kept_token_count
+    from .models.scorers import register_scorer
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _PLACES = {
     "PruningConfig": "pruning",
     "RedundancyCodebook": "codebook",
     "kept_token_count": "pruning",
+    "register_scorer": "scorers",
     "scatter_to_prompt": "prompt",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "RedundancyCodebook",
     "kept_token_count",
     "rbl_class",
+    "register_scorer",
     "scatter_to_prompt",
 ]
 
