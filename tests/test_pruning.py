@@ -94,6 +94,7 @@ def test_newline_policies():
         ({"keep_ratio": 0.5, "min_tokens": 0}, "at least 1"),
         ({"keep_ratio": 0.5, "min_tokens": 1.5}, "integer"),
         ({"keep_ratio": 0.5, "score": "norm"}, "score must be one of"),
+        ({"keep_ratio": 0.5, "merge": "mean"}, "merge must be one of none, nearest; got 'mean'"),
         ({"keep_ratio": 0.5, "newlines": "none"}, "newlines must be one of"),
         ({"keep_ratio": 0.5, "tiles": "some"}, "tiles must be one of"),
         ({"keep_ratio": 0.5, "enabled": 1}, "True or False"),
@@ -105,7 +106,9 @@ def test_bad_settings_get_a_sentence(settings, words):
 
 
 def test_settings_survive_a_dict_and_unknown_keys_raise():
-    settings = PruningConfig(threshold=0.4, newlines="row", tiles="base", min_tokens=3, per_frame=False)
+    settings = PruningConfig(
+        threshold=0.4, newlines="row", tiles="base", min_tokens=3, per_frame=False, merge="nearest"
+    )
     assert PruningConfig.from_dict(settings.to_dict()) == settings
     with pytest.raises(ValueError, match="keepratio.*newer version"):
         PruningConfig.from_dict({"keepratio": 0.5})

@@ -1,14 +1,16 @@
 """Every scorer through one matrix; a scorer is one function and one line in `SCORERS`."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from conftest import GREEDY, make_family, visual
-from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
+from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count, register_scorer
 from transformers_rbl.models.codebook import keep_mask
 from transformers_rbl.models.layout import NEWLINE
+from transformers_rbl.models.merging import Choice
 from transformers_rbl.models.pruning import select_tokens
 from transformers_rbl.models.scorers import SCORERS, score_tokens
 
@@ -135,12 +137,73 @@ def test_diversity_is_the_greedy_max_min_rule(given):
     assert every[chosen].tolist() == sorted(every[chosen].tolist()) and every.isfinite().all()
 
 
-def test_a_new_scorer_is_one_function_and_one_line(given, monkeypatch):
-    monkeypatch.setitem(SCORERS, "norm", lambda tokens: tokens.norm(dim=-1))
-    kept = mask("norm", given)
-    assert torch.equal(kept, select_tokens(given["tokens"].norm(dim=-1), PruningConfig(keep_ratio=0.3)))
+def longest_first(tokens):
+    """A rule of the user's: keeps long tokens."""
+    return -tokens.norm(dim=-1)
+
+
+def every_other(tokens, count) -> Choice:
+    """A rule of the user's that does not rank: the first of every run of equal length."""
+    kept = torch.zeros(len(tokens), dtype=torch.bool)
+    kept[torch.arange(count) * len(tokens) // count] = True
+    return Choice(kept)
+
+
+@pytest.fixture
+def register():
+    """`register_scorer`, undone afterwards."""
+    before = dict(SCORERS)
+    yield register_scorer
+    SCORERS.clear()
+    SCORERS.update(before)
+
+
+def test_a_rule_of_the_users_prunes_a_model_that_is_saved_with_it(given, register, family, one, tmp_path):
+    register("longest", longest_first)
+    kept = mask("longest", given)
+    assert torch.equal(kept, select_tokens(-given["tokens"].norm(dim=-1), PruningConfig(keep_ratio=0.3)))
+    settings = PruningConfig(keep_ratio=0.3, score="longest")
+    model = family.rbl_class.from_pretrained(family.folder, pruning=settings).eval()
+    output = model(**one)
+    assert not output.prompt_mask.all()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pruning"]["score_from"] == "test_scorers:longest_first"
+    again = family.rbl_class.from_pretrained(tmp_path).eval()
+    assert again.pruning == settings and torch.equal(again(**one).logits, output.logits)
+    del SCORERS["longest"]
+    with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)"):
+        family.rbl_class.from_pretrained(tmp_path)
+    assert family.rbl_class.from_pretrained(tmp_path, pruning=PruningConfig(enabled=False)).codebook is None
+
+
+def test_a_rule_of_the_users_may_choose(given, register):
+    register("every_other", every_other)
+    assert mask("every_other", given, keep_ratio=0.5).tolist() == [True, False] * 20
+    with pytest.raises(ValueError, match="'every_other' chooses a number of tokens and has no threshold"):
+        PruningConfig(threshold=0.5, score="every_other")
+    register("too_many", lambda tokens: Choice(torch.ones(len(tokens), dtype=torch.bool)))
+    with pytest.raises(ValueError, match="keeps 40 of 40 tokens where 12 are to stay"):
+        mask("too_many", given)
+    register("one_number", lambda tokens: tokens.sum())
+    with pytest.raises(ValueError, match=r"shape \(\) for 40 tokens"):
+        mask("one_number", given)
+
+
+def test_names_that_clash_and_needs_that_nothing_meets_are_refused(register):
     with pytest.raises(ValueError, match="score must be one of"):
-        PruningConfig(keep_ratio=0.3, score="nrom")
+        PruningConfig(keep_ratio=0.3, score="longest")
+    for name, function, error, words in (
+        ("cosine", longest_first, ValueError, "a rule of this library"),
+        ("longest first", longest_first, ValueError, "letters, digits and underscores"),
+        ("longest", "norm", TypeError, "is a str"),
+        ("longest", lambda tokens, colour, size: tokens, ValueError, "asks for colour, size; what a scorer can be"),
+    ):
+        with pytest.raises(error, match=words):
+            register(name, function)
+    register("longest", longest_first)
+    register("longest", longest_first)  # a module that is loaded again
+    with pytest.raises(ValueError, match="registered already, as test_scorers:longest_first"):
+        register("longest", every_other)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -216,9 +279,9 @@ def test_cls_similarity_of_video_frames(tmp_path):
     assert visual(inputs).keys() == {"pixel_values_videos"}
 
 
-def test_a_scorer_of_the_users_may_read_no_tensor(pruned, one, monkeypatch):
+def test_a_scorer_of_the_users_may_read_no_tensor(register):
     """A rule by position alone: every other token."""
-    monkeypatch.setitem(SCORERS, "every_other", lambda count, frame: torch.tensor([0.0, 1.0]).repeat(8))
+    register("every_other", lambda count, frame: torch.tensor([0.0, 1.0]).repeat(8))
     mask = keep_mask(torch.randn(16, 32), PruningConfig(keep_ratio=0.5, score="every_other"))
     assert mask.tolist() == [True, False] * 8
 

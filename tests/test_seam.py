@@ -183,17 +183,17 @@ def test_a_traceback_names_our_code(pruned, one):
 
 def test_pixels_reach_the_score_in_a_few_calls(family, one):
     model, path = family.pruned(), []
-    score = model.codebook.score
+    compared = model.codebook.unit_prototypes_for
 
     def traced(*args, **kwargs):
         frames = inspect.stack()
         path.extend(f.function for f in frames if "transformers_rbl" in f.filename and "<" not in f.function)
-        return score(*args, **kwargs)
+        return compared(*args, **kwargs)
 
-    model.codebook.score = traced
+    model.codebook.unit_prototypes_for = traced
     model.generate(**one, **GREEDY)
     calls = path[: path.index("generate") + 1]
-    assert len(calls) <= 8 and calls[0] == "keep_mask", calls
+    assert len(calls) <= 8 and calls[0] == "choose", calls
 
 
 def test_every_name_of_the_cache_is_one_thing():

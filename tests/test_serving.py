@@ -28,6 +28,7 @@ SERVED = [
     PruningConfig(keep_ratio=0.25, score="double_softmax"),
     PruningConfig(keep_ratio=0.5, score="random", seed=3),
     PruningConfig(keep_ratio=0.2, score="diversity"),
+    PruningConfig(keep_ratio=0.2, score="codebook_dpp"),
     PruningConfig(keep_ratio=1.0),
     PruningConfig(enabled=False),
 ]
@@ -73,6 +74,7 @@ def test_settings_whose_count_depends_on_the_image_are_refused_with_the_way_out(
     assert "rbl calibrate" in message and "--hf-overrides" in message and "image_embeds" in message
     assert 'newlines="last"' not in message and 'newlines="row"' in refusal(config, keep_ratio=0.2, newlines="row")
     assert "[cls]" in refusal(config, keep_ratio=0.2, score="cls_similarity_low")
+    assert "this engine's plugin does not" in refusal(config, keep_ratio=0.2, merge="nearest")
     assert "Unknown pruning setting" in refusal(config, keep_ratio=0.2, colour="red")
     config.num_prototypes = None
     assert "holds no codebook" in refusal(config, keep_ratio=0.2)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .models.modeling_llava_rbl import LlavaForConditionalGenerationRBL, LlavaModelRBL
     from .models.prompt import scatter_to_prompt
     from .models.pruning import PruningConfig, kept_token_count
+    from .models.scorers import register_scorer
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _PLACES = {
     "kept_token_count": "pruning",
     "rbl_class": "auto_rbl",
     "register": "auto_rbl",
+    "register_scorer": "scorers",
     "scatter_to_prompt": "prompt",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "RedundancyCodebook",
     "kept_token_count",
     "rbl_class",
+    "register_scorer",
     "scatter_to_prompt",
 ]
 

@@ -48,9 +48,20 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
             'it has encoded one: save the checkpoint with newlines="all" or "last", or '
             f"{override}, which keeps them all."
         )
-    if pruning.needs_cls_similarity:
+    if pruning.needs_of_tower:
         raise ValueError(
-            f"score={pruning.score!r} needs the vision tower's [cls] token, which engines do not hand out: {override}."
+            f"score={pruning.score!r} needs {' and '.join(pruning.needs_of_tower)} of the vision tower (its [cls] token, "
+            f"its attention), which engines do not hand out: {override}."
+        )
+    if pruning.needs_question:
+        raise ValueError(
+            f"score={pruning.score!r} reads the question, and an engine keeps an image's tokens for the questions that "
+            f"follow: {override}."
+        )
+    if pruning.merges:
+        raise ValueError(
+            f"score={pruning.score!r} with merge={pruning.merge!r} changes the tokens that stay, and this engine's "
+            f"plugin does not: {override}."
         )
     if pruning.needs_codebook and config.num_prototypes is None:
         raise ValueError(

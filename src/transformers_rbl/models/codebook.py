@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .pruning import PruningConfig, kept_token_count, select_tokens
-from .scorers import score_tokens
+from .merging import Choice, nearest_merging
+from .pruning import PruningConfig, select_tokens
+from .scorers import BUILT_IN, score_images, score_tokens
 
 
 WEIGHTS_NAME = "codebook.safetensors"
 CARD_NAME = "codebook.json"
 FORMAT_VERSION = 1
+MATRIX_ELEMENTS = 2**26  # of the cosine matrices of images that are scored together
 
 
 class RedundancyCodebook(nn.Module):
@@ -109,6 +111,15 @@ class RedundancyCodebook(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(L,)`, on the tokens' device; higher is more redundant.
         """
+        inputs = {"seed": 0, "frame": 0, **inputs}
+        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes_for(tokens), **inputs)
+
+    def unit_prototypes_for(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The prototypes `(n, d)` of unit length, on the device of the tokens that are to be compared with them.
+
+        Raises:
+            ValueError: if the tokens are not `(L, d)`, or the prototypes were never loaded.
+        """
         if tokens.ndim != 2 or tokens.shape[1] != self.prototypes.shape[1]:
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)} do not fit a codebook of width {self.prototypes.shape[1]}: "
@@ -116,8 +127,7 @@ class RedundancyCodebook(nn.Module):
             )
         if not self.is_loaded:
             raise ValueError("This codebook's prototypes were never loaded: the model was made from a config alone.")
-        inputs = {"seed": 0, "frame": 0, **inputs}
-        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes.to(tokens.device), **inputs)
+        return self.unit_prototypes.to(tokens.device)
 
     def keep_mask(self, tokens: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
         """Which of one image's tokens `(L, d)` stay under `pruning`: `torch.BoolTensor` of shape `(L,)`."""
@@ -287,6 +297,7 @@ def keep_mask(
     codebook: RedundancyCodebook | None = None,
     cls_similarity: torch.Tensor | None = None,
     frame: int = 0,
+    **inputs: torch.Tensor | None,
 ) -> torch.Tensor:
     """Which tokens of one image (or of one video frame) stay.
 
@@ -296,23 +307,76 @@ def keep_mask(
         codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
         cls_similarity (`torch.Tensor` of shape `(L,)`, *optional*): needed by the scorers of that name.
         frame (`int`, defaults to 0): number of the frame in its video, for `score="random"`.
+        inputs (`torch.Tensor`, *optional*): what else a scorer needs: `cls_attention`, `tower_keys`, `question`.
 
     Returns:
         `torch.BoolTensor` of shape `(L,)`.
     """
-    if tokens.ndim != 2:
-        raise ValueError(f"Tokens of one image are (L, d); got a tensor of shape {tuple(tokens.shape)}.")
-    if not pruning.enabled or len(tokens) == 0:
-        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    count = None
-    if pruning.keep_ratio is not None:
-        count = kept_token_count(len(tokens), pruning.keep_ratio, pruning.min_tokens)
-    inputs = {"seed": pruning.seed, "frame": frame, "count": count, "cls_similarity": cls_similarity}
-    if codebook is not None and pruning.needs_codebook:
-        scores = codebook.score(tokens, pruning.score, **inputs)
+    image = {"tokens": tokens, "cls_similarity": cls_similarity, "frame": frame, **inputs}
+    return choose([image], pruning, codebook)[0].kept
+
+
+def choose(
+    images: list[dict[str, Any]], pruning: PruningConfig, codebook: RedundancyCodebook | None = None
+) -> list[Choice]:
+    """Which tokens of images (or video frames) stay, and what becomes of the others.
+
+    Args:
+        images (`list[dict]`): of each its scored tokens, `"tokens"` `(L, d)`, `"frame"`, and what the scorer needs
+            besides, see [`~transformers_rbl.models.scorers.SCORERS`]. Those of one size are scored together.
+        pruning (`PruningConfig`): the settings.
+        codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
+
+    Returns:
+        `list[Choice]`, one per image.
+    """
+    chosen: dict[int, Choice] = {}
+    together: dict[Any, list[int]] = {}
+    for index, image in enumerate(images):
+        tokens = image["tokens"]
+        if tokens.ndim != 2:
+            raise ValueError(f"Tokens of one image are (L, d); got a tensor of shape {tuple(tokens.shape)}.")
+        if not pruning.enabled or len(tokens) == 0:
+            chosen[index] = Choice(torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))
+        else:
+            shapes = [(name, v.shape, v.device) for name, v in image.items() if isinstance(v, torch.Tensor)]
+            together.setdefault(tuple(shapes), []).append(index)
+    for indices in together.values():
+        tokens = images[indices[0]]["tokens"]
+        own = {"seed": pruning.seed, "count": pruning.count_of(len(tokens))}
+        if codebook is not None and pruning.needs_codebook:
+            own["unit_prototypes"] = codebook.unit_prototypes_for(tokens)
+        at_once = max(1, MATRIX_ELEMENTS // len(tokens) ** 2)
+        for start in range(0, len(indices), at_once):
+            group = indices[start : start + at_once]
+            said = score_images(pruning.score, [{"frame": 0, **images[index], **own} for index in group])
+            for index, scores in zip(group, said, strict=True):
+                chosen[index] = _settled(images[index]["tokens"], scores, pruning)
+    return [chosen[index] for index in range(len(images))]
+
+
+def _settled(tokens: torch.Tensor, scores: torch.Tensor | Choice, pruning: PruningConfig) -> Choice:
+    """The choice that scores amount to, and the merging that the settings ask for."""
+    count = pruning.count_of(len(tokens))
+    if not isinstance(scores, Choice):
+        if scores.shape != (len(tokens),):
+            raise ValueError(
+                f"score={pruning.score!r} gave a tensor of shape {tuple(scores.shape)} for {len(tokens)} tokens: one "
+                "score a token is expected."
+            )
+        choice = Choice(select_tokens(scores, pruning))
     else:
-        scores = score_tokens(pruning.score, tokens=tokens, **inputs)
-    return select_tokens(scores, pruning)
+        choice = scores
+        if pruning.score not in BUILT_IN and int(choice.kept.sum()) != count:
+            raise ValueError(
+                f"score={pruning.score!r} keeps {int(choice.kept.sum())} of {len(tokens)} tokens where {count} are to "
+                "stay: counts must be known in advance."
+            )
+    if pruning.merge == "nearest":
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            weights = None if count == len(tokens) else nearest_merging(tokens.detach().float(), choice.kept, count)
+        choice = Choice(choice.kept, weights)
+    return choice
 
 
 def library(module: str, what: str) -> ModuleType:

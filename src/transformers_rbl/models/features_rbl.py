@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .codebook import RedundancyCodebook
-from .layout import NEWLINE, VisualLayout
+from .codebook import RedundancyCodebook, choose
+from .layout import VisualLayout
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
@@ -152,6 +152,35 @@ class RBLModelMixin(RBLMixin):
         self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, tower_outputs=hidden)
         return pruned
 
+    def scorer_inputs(
+        self,
+        modality: str,
+        outputs: Any,
+        pruning: PruningConfig,
+        arguments: dict[str, Any],
+        count: int,
+        base_alone: bool = False,
+    ) -> list[dict[str, torch.Tensor]]:
+        """What the scorer needs beside the tokens, per image or video: `(L, ...)` each, row ends among them.
+
+        Args:
+            modality (`str`): `"image"` or `"video"`.
+            outputs: encoded features that hold the tower's hidden states.
+            pruning (`PruningConfig`): whose scorer.
+            arguments (`dict[str, Any]`): of the stock method.
+            count (`int`): of images or videos.
+            base_alone (`bool`): whether the base images alone were encoded.
+
+        Raises:
+            ValueError: if the family or its vision tower has nothing of the kind.
+        """
+        inputs: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+        if pruning.needs_cls_similarity:
+            values = self.family.cls_similarity(self, modality, outputs, arguments, base_alone)
+            for image, value in zip(inputs, values, strict=True):
+                image["cls_similarity"] = value
+        return inputs
+
     def _prune(
         self,
         modality: str,
@@ -172,34 +201,37 @@ class RBLModelMixin(RBLMixin):
         images = outputs[TOKENS]
         if layouts is None:
             layouts = [VisualLayout.of_patches(len(tokens)) for tokens in images]
-        similarities: list[torch.Tensor | None] = [None] * len(images)
-        if pruning.needs_cls_similarity:
-            states = outputs if tower_outputs is None else tower_outputs
-            similarities = list(self.family.cls_similarity(self, modality, states, arguments, base_alone))
-        masks, kept = [], []
-        for tokens, layout, similarity in zip(images, layouts, similarities, strict=True):
-            scored = layout.scored(pruning).to(tokens.device)
+        states = outputs if tower_outputs is None else tower_outputs
+        needs = self.scorer_inputs(modality, states, pruning, arguments, len(images), base_alone)
+        parts = []
+        for tokens, layout, inputs in zip(images, layouts, needs, strict=True):
             if not base_alone and len(tokens) != len(layout):
                 raise ValueError(
                     f"The {modality} came as {len(tokens)} visual tokens where {len(layout)} were expected: pruning "
                     "does not know this vision tower's layout."
                 )
-            candidates = tokens if base_alone else tokens[scored]
-            if similarity is not None and not base_alone:
-                similarity = similarity[scored.to(similarity.device)]
-            mask = layout.keep(candidates, pruning, self.codebook, similarity)
-            if base_alone:  # tiles and row ends were never computed
-                ends = int((mask & (layout.kinds == NEWLINE).to(mask.device)).sum())
-                stay = candidates[mask[scored]]
-                kept.append(torch.cat([stay, self.image_newline.expand(ends, -1).to(stay)]) if ends else stay)
-            else:
-                kept.append(tokens[mask])
-            masks.append(mask)
+            if not base_alone:
+                scored = layout.scored(pruning)
+                tokens = tokens[scored.to(tokens.device)]
+                inputs = {name: value[scored.to(value.device)] for name, value in inputs.items()}
+            parts.append(layout.parts(tokens, pruning, **inputs))
+        chosen = iter(choose([part for image in parts for part in image], pruning, self.codebook))
+        choices = [[next(chosen) for _ in image] for image in parts]
+        masks = [layout.mask(choice, pruning) for layout, choice in zip(layouts, choices)]
+        kept = []
+        for tokens, layout, choice, mask in zip(images, layouts, choices, masks):
+            if base_alone:  # tiles and row ends were never computed: they stand here as what no one reads, and row ends
+                rest = self.image_newline.expand(len(layout) - len(tokens), -1)
+                tokens = torch.cat([tokens, rest.to(tokens)])
+            kept.append(layout.stay(tokens, choice, mask, pruning))
         outputs[TOKENS] = kept
         for name in VIEWS:  # other views of the same tokens
             if outputs.get(name) is not None:
                 outputs[name] = [
-                    [tokens[mask.to(tokens.device)] for tokens, mask in zip(view, masks, strict=True)]
+                    [
+                        layout.stay(tokens, choice, mask, pruning)
+                        for tokens, layout, choice, mask in zip(view, layouts, choices, masks, strict=True)
+                    ]
                     for view in outputs[name]
                 ]
         outputs[MASKS[modality]] = masks

@@ -6,10 +6,12 @@ transformers, serving engines, the builder, plots and the demo all ask a [`Visua
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .codebook import RedundancyCodebook, keep_mask
+from .codebook import RedundancyCodebook, choose
+from .merging import Choice
 from .pruning import PruningConfig, kept_token_count
 
 
@@ -59,6 +61,7 @@ class VisualLayout:
         pruning: PruningConfig,
         codebook: RedundancyCodebook | None = None,
         cls_similarity: torch.Tensor | None = None,
+        **inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Which of all L tokens stay.
 
@@ -67,6 +70,7 @@ class VisualLayout:
             pruning (`PruningConfig`): the settings.
             codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
             cls_similarity (`torch.Tensor` of shape `(n,)`, *optional*): needed by the scorers of that name.
+            inputs (`torch.Tensor`, *optional*): what else the scorer needs, see [`~VisualLayout.parts`].
 
         Returns:
             `torch.BoolTensor` of shape `(L,)`, on the tokens' device.
@@ -74,21 +78,60 @@ class VisualLayout:
         Raises:
             ValueError: if the number of tokens is not this layout's.
         """
-        scored = self.scored(pruning).to(tokens.device)
-        if len(tokens) != (expected := int(scored.sum())):
+        parts = self.parts(tokens, pruning, cls_similarity=cls_similarity, **inputs)
+        return self.mask(choose(parts, pruning, codebook), pruning)
+
+    def parts(
+        self, tokens: torch.Tensor, pruning: PruningConfig, **inputs: torch.Tensor | None
+    ) -> list[dict[str, Any]]:
+        """The parts that are scored and counted each by itself, a video's frames or the whole, for [`choose`].
+
+        Args:
+            tokens (`torch.Tensor` of shape `(n, d)`): the scored ones, see [`~VisualLayout.scored`].
+            pruning (`PruningConfig`): the settings.
+            inputs (`torch.Tensor`, *optional*): what else the scorer needs: `(n, ...)`, and `question` `(m, d)`.
+
+        Raises:
+            ValueError: if the number of tokens is not this layout's.
+        """
+        if len(tokens) != (expected := int(self.scored(pruning).sum())):
             raise ValueError(
                 f"{len(tokens)} visual tokens were to be scored where {expected} were expected: pruning does not know "
                 "this vision tower's layout."
             )
-        parts = self._parts(pruning)
-        length = len(tokens) // parts
-        similarities = [None] * parts if cls_similarity is None else cls_similarity.to(tokens.device).split(length)
-        masks = [
-            keep_mask(part, pruning, codebook, similarity, frame)
-            for frame, (part, similarity) in enumerate(zip(tokens.split(length), similarities, strict=True))
-        ]
-        kept = torch.zeros_like(scored).masked_scatter_(scored, torch.cat(masks))
+        count = self._parts(pruning)
+        given = {name: value.to(tokens.device) for name, value in inputs.items() if value is not None}
+        parts: list[dict[str, Any]] = [{"frame": frame} for frame in range(count)]
+        for name, value in {"tokens": tokens, **given}.items():
+            values = [value] * count if name == "question" else value.split(max(1, len(tokens) // count))
+            for part, own in zip(parts, values if len(tokens) else [value] * count, strict=True):
+                part[name] = own
+        return parts
+
+    def mask(self, choices: list[Choice], pruning: PruningConfig) -> torch.Tensor:
+        """`(L,)` bool: which of all tokens stay, row ends among them, given what was chosen of each part."""
+        kept = torch.cat([choice.kept for choice in choices])
+        scored = self.scored(pruning).to(kept.device)
+        kept = torch.zeros_like(scored).masked_scatter_(scored, kept)
         return kept | self.kept_newlines(kept, pruning)
+
+    def stay(
+        self, tokens: torch.Tensor, choices: list[Choice], mask: torch.Tensor, pruning: PruningConfig
+    ) -> torch.Tensor:
+        """`(kept, d)`: what stays of all L tokens, or of another view of them; merged where the choices say so.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(L, d)`): row ends among them.
+            choices (`list[Choice]`): of each of the [`~VisualLayout.parts`].
+            mask (`torch.BoolTensor` of shape `(L,)`): see [`~VisualLayout.mask`].
+            pruning (`PruningConfig`): the settings.
+        """
+        if any(choice.weights is not None for choice in choices):
+            scored = self.scored(pruning).to(tokens.device)
+            parts = tokens[scored].split([len(choice.kept) for choice in choices])
+            merged = torch.cat([choice.merged(part) for choice, part in zip(choices, parts)])
+            tokens = tokens.masked_scatter(scored[:, None], merged)
+        return tokens[mask.to(tokens.device)]
 
     def kept_newlines(self, kept: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
         """`(L,)` bool: row ends that stay beside the scored tokens `kept` `(L,)`."""

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from .scorers import SCORERS, scorer_arguments
+from .merging import MERGE_POLICIES
+from .scorers import MERGING, SCORERS, TOWER_NEEDS, chooses, registered_at, scorer_arguments
 
 
 NEWLINE_POLICIES = ("all", "row", "last")
 TILE_POLICIES = ("all", "base")
+ORIGIN = "score_from"
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class PruningConfig:
         threshold (`float`, *optional*): keep tokens whose score is below it (a cosine for `score="cosine"`). Give
             exactly one of `keep_ratio` and `threshold`. Above 1, a cosine threshold keeps everything.
         score (`str`, defaults to `"cosine"`): how redundant a token is, a key of [`SCORERS`]: by the codebook
-            `"cosine"`, `"softmax"`, `"double_softmax"`; without one `"random"`, `"cls_similarity_low"`,
-            `"cls_similarity_high"`, `"diversity"`.
+            `"cosine"`, `"softmax"`, `"double_softmax"`, `"codebook_dpp"`, `"codebook_coverage"`; without one
+            `"random"`, `"cls_similarity_low"`, `"cls_similarity_high"`, `"diversity"`; or one of your own, see
+            [`register_scorer`].
+        merge (`str`, defaults to `"none"`): what becomes of tokens that are dropped: `"none"`, nothing; `"nearest"`,
+            each is averaged into the kept token nearest to it by cosine. Which tokens stay, and where, is the same.
         min_tokens (`int`, defaults to 1): fewest scored tokens kept per image (per frame with `per_frame`), whatever
             the threshold says.
         newlines (`str`, defaults to `"all"`): which row-end tokens stay: `"all"`; `"row"`, those of rows that keep a
@@ -51,6 +56,7 @@ class PruningConfig:
     keep_ratio: float | None = None
     threshold: float | None = None
     score: str = "cosine"
+    merge: str = "none"
     min_tokens: int = 1
     newlines: str = "all"
     tiles: str = "all"
@@ -78,9 +84,12 @@ class PruningConfig:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1; got {self.seed!r}.")
-        for name, allowed in (("score", tuple(SCORERS)), ("newlines", NEWLINE_POLICIES), ("tiles", TILE_POLICIES)):
+        one_of = {"score": SCORERS, "merge": MERGE_POLICIES, "newlines": NEWLINE_POLICIES, "tiles": TILE_POLICIES}
+        for name, allowed in one_of.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if self.threshold is not None and chooses(self.score):
+            raise ValueError(f"score={self.score!r} chooses a number of tokens and has no threshold: give keep_ratio.")
         for name in ("per_frame", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
@@ -93,17 +102,45 @@ class PruningConfig:
     def needs_cls_similarity(self) -> bool:
         return "cls_similarity" in scorer_arguments(self.score)
 
+    @property
+    def needs_of_tower(self) -> list[str]:
+        """What the scorer reads of the vision tower, beside the tokens."""
+        return [name for name in TOWER_NEEDS if name in scorer_arguments(self.score)]
+
+    @property
+    def needs_question(self) -> bool:
+        return "question" in scorer_arguments(self.score)
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens that stay take in those that are dropped."""
+        return self.merge != "none" or self.score in MERGING
+
+    def count_of(self, num_tokens: int) -> int | None:
+        """How many of `num_tokens` scored tokens stay; None under a threshold, which looks at them."""
+        return None if self.keep_ratio is None else kept_token_count(num_tokens, self.keep_ratio, self.min_tokens)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON types. A registered score comes with `score_from`, the place of its function."""
+        origin = registered_at(self.score)
+        return asdict(self) if origin is None else {**asdict(self), ORIGIN: origin}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any] | PruningConfig) -> PruningConfig:
         """The settings in a saved config. Unknown keys raise: a newer version's setting must not be ignored in
-        silence."""
+        silence. So does a score that was registered where they were saved and is not here, with what to import."""
         if isinstance(settings, cls):
             return settings
         if not isinstance(settings, dict):
             raise ValueError(f"Pruning settings must be a PruningConfig or a dict, got {type(settings).__name__}.")
+        settings = dict(settings)
+        origin, score = settings.pop(ORIGIN, None), settings.get("score")
+        if origin is not None and score not in SCORERS:
+            module, _, name = str(origin).partition(":")
+            raise ValueError(
+                f"score={score!r} was registered where these settings were saved and is not here: import {module}, "
+                f"or call register_scorer({score!r}, …) with its function {name}, before loading."
+            )
         if unknown := sorted(set(settings) - {field.name for field in fields(cls)}):
             raise ValueError(
                 f"Unknown pruning setting(s) {', '.join(unknown)}: a typo, or saved by a newer version of "

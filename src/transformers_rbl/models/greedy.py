@@ -1,0 +1,185 @@
+"""Greedy choices of tokens, one by one, each by what those before it leave: one loop, three objectives.
+
+Everything is batched over images of one size, and no step waits for the device: a pick is an index that stays there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+
+ROWS = 256  # of a cosine matrix that are computed at once
+# What is left of a unit vector, squared, and a share of what is to be covered: below these it is float32's rounding.
+DEPENDENT, COVERED = 1e-5, 1e-6
+
+
+def cosine_matrix(tokens: torch.Tensor) -> torch.Tensor:
+    """Cosines of all pairs of tokens; one half is computed, the other is its mirror image.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(images, L, d)`): float32.
+
+    Returns:
+        `torch.Tensor` of shape `(images, L, L)`. A zero token has cosine 0 with every token, itself included. Images
+        are multiplied one by one, so that an image has the same cosines in any batch.
+    """
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    length = unit.shape[1]
+    cosines = unit.new_empty(len(unit), length, length)
+    for image, matrix in zip(unit, cosines):
+        for start in range(0, length, ROWS):
+            end = min(length, start + ROWS)
+            rows = image[start:end] @ image[start:].T
+            matrix[start:end, start:] = rows
+            matrix[end:, start:end] = rows[:, end - start :].T
+    return cosines
+
+
+def greedy_diversity(cosines: torch.Tensor, count: int) -> torch.Tensor:
+    """Max-min diversity (DivPrune, arXiv 2503.02175, algorithm 1): first the token farthest from its nearest neighbour,
+    then the one farthest from all those chosen.
+
+    Args:
+        cosines (`torch.Tensor` of shape `(images, L, L)`): see [`cosine_matrix`].
+        count (`int`): how many are chosen.
+
+    Returns:
+        `torch.Tensor` of shape `(images, L)`: a token's largest cosine with the tokens chosen before it (-1 for the
+        first), which never falls from one choice to the next; infinite for the others.
+    """
+    itself = torch.eye(cosines.shape[-1], dtype=torch.bool, device=cosines.device)
+    neighbour = cosines.masked_fill(itself, -math.inf).amax(dim=-1)
+    nearest: torch.Tensor | None = None
+
+    def chosen(pick: torch.Tensor, step: int) -> torch.Tensor:
+        nonlocal nearest
+        row = _row(cosines, pick)
+        nearest = row if nearest is None else torch.maximum(nearest, row)
+        return nearest
+
+    scores = _one_by_one(neighbour, chosen, count)
+    first = neighbour.argmin(dim=-1, keepdim=True)
+    return scores.scatter_(-1, first, -1.0) if count else scores
+
+
+def greedy_dpp(cosines: torch.Tensor, quality: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy MAP of the determinantal point process of kernel q_i c_ij q_j: each time the token whose choice makes the
+    determinant of the chosen ones' kernel largest, by updates of its Cholesky factor (Chen et al., "Fast greedy MAP
+    inference for determinantal point process", NeurIPS 2018, algorithm 1): O(L) numbers for each token chosen before.
+
+    The quality divides out of the factor: the gain of token i is q_i^2 r_i, with r_i the squared length of what is left
+    of its unit vector once the span of the chosen ones is taken away.
+
+    Args:
+        cosines (`torch.Tensor` of shape `(images, L, L)`): see [`cosine_matrix`].
+        quality (`torch.Tensor` of shape `(images, L)`): in [0, 1].
+        count (`int`): how many are chosen.
+
+    Returns:
+        `torch.Tensor` of shape `(images, L)`: minus the gain with which a token was chosen, which never falls from one
+        choice to the next; infinite for the others. Tokens in the span of the chosen ones have no gain; they follow by
+        quality, with score 1 - q_i^2.
+    """
+    images, length = quality.shape
+    left, worth = torch.diagonal(cosines, dim1=1, dim2=2).clone(), quality.square()
+    factor = cosines.new_zeros(images, count, length)
+
+    def scores() -> torch.Tensor:
+        return torch.where(left > DEPENDENT, -worth * left, 1 - worth)
+
+    def chosen(pick: torch.Tensor, step: int) -> torch.Tensor:
+        row, own = _row(cosines, pick), left.gather(1, pick)
+        if step:
+            before = factor[:, :step]
+            weights = before.gather(2, pick[:, None].expand(-1, step, -1))
+            row = torch.baddbmm(row[:, None], weights.transpose(1, 2), before, alpha=-1)[:, 0]
+        row = row * torch.where(own > DEPENDENT, own.clamp_min(DEPENDENT).rsqrt(), 0.0)
+        factor[:, step] = row
+        left.sub_(row.square())
+        return scores()
+
+    return _one_by_one(scores(), chosen, count)
+
+
+def greedy_coverage(cosines: torch.Tensor, demand: torch.Tensor, worth: torch.Tensor, count: int) -> torch.Tensor:
+    """Facility location: each time the token of largest worth_i times gain_i, where the gain is what its choice adds to
+    the coverage sum_k demand_k max(0, max_{chosen j} c_kj), as a share of the whole demand.
+
+    Args:
+        cosines (`torch.Tensor` of shape `(images, L, L)`): see [`cosine_matrix`].
+        demand (`torch.Tensor` of shape `(images, L)`): how much it matters that a token is covered, from 0.
+        worth (`torch.Tensor` of shape `(images, L)`): how much a token is wanted, in [0, 1].
+        count (`int`): how many are chosen.
+
+    Returns:
+        `torch.Tensor` of shape `(images, L)`: minus worth times gain at a token's choice, which never falls from one
+        choice to the next; infinite for the others. Tokens that add nothing follow by worth and demand, with score
+        1 - worth_i times the token's share of the largest demand.
+    """
+    share = demand / demand.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    rest = 1 - worth * demand / demand.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    covered = torch.zeros_like(share)
+    gain = _gains(cosines, share, covered)
+    on_cpu = gain.device.type == "cpu"  # which waits for nothing, so that sizes may depend on values
+    gain = gain.double() if on_cpu else gain  # it is summed up over the choices
+
+    def scores() -> torch.Tensor:
+        return torch.where(gain > COVERED, -worth * gain, rest)
+
+    def chosen(pick: torch.Tensor, step: int) -> torch.Tensor:
+        nonlocal covered, gain
+        now = torch.maximum(covered, _row(cosines, pick))
+        if on_cpu:
+            gain = gain - _gains_lost(cosines, share, covered, now)
+        else:
+            gain = _gains(cosines, share, now)
+        covered = now
+        return scores()
+
+    return _one_by_one(scores(), chosen, count).float()
+
+
+def _one_by_one(scores: torch.Tensor, chosen: Callable[[torch.Tensor, int], torch.Tensor], count: int) -> torch.Tensor:
+    """Choose the token of lowest score, the first of several, `count` times.
+
+    Args:
+        scores (`torch.Tensor` of shape `(images, L)`): before anything is chosen.
+        chosen (`Callable`): `(pick, step)` gives the scores once `pick` `(images, 1)` is chosen too.
+        count (`int`): how many are chosen.
+
+    Returns:
+        `torch.Tensor` of shape `(images, L)`: the score with which a token was chosen, infinite for the others.
+    """
+    at_choice, taken = torch.full_like(scores, math.inf), torch.zeros_like(scores, dtype=torch.bool)
+    for step in range(count):
+        pick = scores.masked_fill(taken, math.inf).argmin(dim=-1, keepdim=True)
+        at_choice.scatter_(-1, pick, scores.gather(-1, pick))
+        taken.scatter_(-1, pick, True)
+        if step + 1 < count:
+            scores = chosen(pick, step)
+    return at_choice
+
+
+def _row(cosines: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+    """`(images, L)`: the cosines of the tokens `pick` `(images, 1)`."""
+    return cosines.gather(1, pick[:, :, None].expand(-1, -1, cosines.shape[-1]))[:, 0]
+
+
+def _gains(cosines: torch.Tensor, share: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+    """`(images, L)`: what each token would add to the coverage."""
+    added = torch.maximum(cosines, covered[:, :, None]).sub_(covered[:, :, None])
+    return torch.bmm(share[:, None], added)[:, 0]
+
+
+def _gains_lost(cosines: torch.Tensor, share: torch.Tensor, covered: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """What the gains `(images, L)` lose as coverage rises from `covered` to `now` `(images, L)`: read off the tokens
+    whose coverage rises, which are fewer and fewer."""
+    lost = []
+    for matrix, weights, low, high in zip(cosines, share, covered, now):
+        rising = (high > low).nonzero()[:, 0]
+        low, high = low[rising, None], high[rising, None]
+        lost.append(weights[rising] @ matrix[rising].clamp_(low, high).sub_(low))
+    return torch.stack(lost)
