@@ -280,6 +280,19 @@ def test_baselines_are_evaluated_without_a_codebook(family, files, tmp_path):
     assert "no codebook" in run(*arguments).stderr
 
 
+def test_every_score_is_run_or_listed_with_the_reason(family, files, tmp_path):
+    """Without a codebook, those that need none are run; the others are named with the library's own sentence."""
+    arguments = ("evaluate", "--model", family.folder, "--data", files / "data.jsonl", "--limit", 1)
+    output = run(*arguments, "--score", "all", "--keep-ratio", 0.5, "--out", tmp_path)
+    assert output.exit_code == 0, output.output
+    content = json.loads((tmp_path / "results.json").read_text())
+    ran = {row["pruning"]["score"] for row in content["results"][1:]}
+    refused = {name.removeprefix("not run: "): why for name, why in content["about"].items() if "not run" in name}
+    assert ran | set(refused) == set(SCORERS) and not ran & set(refused)
+    assert {"random", "diversity"} <= ran and "codebook" in refused["cosine"]
+    assert all(f"{name} was not run" in output.output for name in refused)
+
+
 def test_the_calibrate_command(family, files, tmp_path):
     import shutil
 
@@ -324,6 +337,9 @@ def test_calibrating_on_labels(family, pruned, files, tmp_path):
         (["evaluate", "--data", "@0.png"], "is no JSON Lines file"),
         (["evaluate", "--data", "@data.jsonl", "--keep-ratio", "3"], "in (0, 1]"),
         (["evaluate", "--data", "@data.jsonl", "--score", "luck"], "score must be one of"),
+        (["evaluate", "--data", "@data.jsonl", "--score", "all", "--score", "random"], "leave the others out"),
+        (["evaluate", "--data", "@data.jsonl", "--score", "random", "--threshold", "0.5"], "--threshold is for score"),
+        (["evaluate", "--data", "@empty.jsonl", "--score", "all"], "no questions"),
         (["evaluate", "--data", "@data.jsonl", "--device", "cuda:99"], "--device cuda:99: "),
         (["evaluate", "--data", "@empty.jsonl"], "no questions"),
         (["evaluate", "--data", "@data.jsonl", "--streaming"], "give --limit"),

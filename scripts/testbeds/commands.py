@@ -4,6 +4,7 @@ import typer
 
 from . import assembling, comparison, files, positions, recipes, report, training
 from .digits import pictures
+from .leaderboard import command as leaderboard
 
 
 app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
@@ -13,6 +14,7 @@ app.command("train")(training.main)
 app.command("compare-rules")(comparison.main)
 app.command("compare-recipes")(recipes.main)
 app.command("compare-positions")(positions.main)
+app.command("leaderboard")(leaderboard.main)
 app.command("report")(report.main)
 app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)

@@ -36,19 +36,17 @@ def accuracy(
     encoded: Sequence[Encoded],
     choose: Choose,
     renumber: bool = False,
-) -> tuple[torch.Tensor, list[float]]:
-    """Which answers are right, `(examples, questions)` bool, and the share of tokens kept of each example. With
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Which answers are right, `(examples, questions)` bool, and each example's mask of the tokens kept. With
     `renumber`, kept tokens of an image with rows and columns are numbered as text is."""
-    masks = [choose(item) for item in encoded]
-    shares = [float(mask[item.group >= 0].float().mean()) for mask, item in zip(masks, encoded)]
-    right = []
+    right, masks = [], []
     for start in range(0, len(encoded), BATCH):
-        part, kept = encoded[start : start + BATCH], masks[start : start + BATCH]
-        features = [item.shown(mask) for item, mask in zip(part, kept)]
-        if renumber:
-            features = [[image.renumbered() for image in images] for images in features]
+        part = encoded[start : start + BATCH]
+        kept = [choose(item) for item in part]
+        masks += [each.mask for each in kept]
+        features = [[image.renumbered() if renumber else image for image in each.images] for each in kept]
         right.append(answer(model, tokenizer, features, [item.example for item in part])[2])
-    return torch.cat(right), shares
+    return torch.cat(right), masks
 
 
 def as_bits(right: torch.Tensor) -> list[str]:
@@ -89,8 +87,8 @@ def main(
     rules = [rule for rule in rules if not only or rule[0] in {*only, "unpruned"}]
     results = []
     for name, wanted, choose in tqdm(rules, unit="rule"):
-        right, shares = accuracy(loaded, tokenizer, encoded, choose)
-        kept = round(float(np.mean(shares)), 4)
+        right, masks = accuracy(loaded, tokenizer, encoded, choose)
+        kept = round(float(np.mean([item.share(mask) for item, mask in zip(encoded, masks)])), 4)
         results.append({"rule": name, "wanted": wanted, "kept": kept, "right": as_bits(right)})
     about = {
         "model": model.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers_rbl import PruningConfig
 
 from .testbed import Example
-from .tokens import Visual, encode, family_of, subject_shares, token_centres, vision_side, visual_inputs
+from .tokens import Visual, encode, family_of, patch_shares, subject_shares, token_centres, vision_side, visual_inputs
 
 
 OFF = PruningConfig(enabled=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rule leaves of an example: `mask` `(n,)` bool over its tokens, and its images with those that stay."""
+
+    mask: torch.Tensor
+    images: list[Visual]
 
 
 @dataclass
@@ -27,32 +35,42 @@ class Encoded:
         images (`list[Visual]`): unpruned, `n` tokens in all; a video counts as one.
         group (`torch.LongTensor` of shape `(n,)`): image or frame of each token, -1 for row ends.
         subject (`torch.FloatTensor` of shape `(n,)`): share of the token's patches that show what questions ask about.
-        cls_similarity, cls_attention (`torch.FloatTensor` of shape `(n,)`, *optional*): for towers with a [cls] token.
+        others (`dict[str, torch.FloatTensor]`): the same for whatever else they show, by name.
+        measures (`dict[str, torch.FloatTensor]`): what else of the tokens a scorer may read, `(n, …)` by the name of
+            its argument; of towers with a [cls] token `cls_similarity` and `cls_attention`.
     """
 
     example: Example
     images: list[Visual]
     group: torch.Tensor
     subject: torch.Tensor
-    cls_similarity: torch.Tensor | None = None
-    cls_attention: torch.Tensor | None = None
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    measures: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def tokens(self) -> torch.Tensor:
         """`(n, d)`."""
         return torch.cat([image.tokens for image in self.images])
 
-    def shown(self, mask: torch.Tensor) -> list[Visual]:
+    def left(self, mask: torch.Tensor) -> Kept:
         """What is left of the images where `mask` `(n,)` is True."""
         parts = mask.split([len(image) for image in self.images])
-        return [image.kept(part) for image, part in zip(self.images, parts)]
+        return Kept(mask, [image.kept(part) for image, part in zip(self.images, parts)])
+
+    def share(self, mask: torch.Tensor) -> float:
+        """Share of the tokens, row ends aside, that `mask` `(n,)` keeps."""
+        return float(mask[self.group >= 0].float().mean())
+
+    def one_by_one(self) -> list[Encoded]:
+        """The example once for each of its questions, for rules that read the question."""
+        return [replace(self, example=replace(self.example, questions=[asked])) for asked in self.example.questions]
 
     @property
     def touched(self) -> float:
         """Share of the tokens, row ends aside, that show something that questions ask about."""
         return float((self.subject[self.group >= 0] > 0).float().mean())
 
-    def kept(self, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    def chosen(self, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
         """`(n,)` bool: what `choose(rows, group)` keeps of each image's or frame's tokens, and all row ends."""
         mask = self.group < 0
         for group in range(int(self.group.max()) + 1):
@@ -96,7 +114,8 @@ def encode_batch(model: PreTrainedModel, batch: Sequence[Example]) -> list[Encod
         assert len(centres) == sum(map(len, features[row]))
         group = groups(config, example, centres)
         laid = {name: lay_out(values[row], example, group) for name, values in measures.items()}
-        encoded.append(Encoded(example, features[row], group, subject_shares(config, example), **laid))
+        shown = {name: patch_shares(config, example, patches) for name, patches in example.others().items()}
+        encoded.append(Encoded(example, features[row], group, subject_shares(config, example), shown, laid))
     return encoded
 
 

@@ -55,9 +55,9 @@ def main(
     print("| rule | kept | own positions | renumbered | own minus renumbered, in points |")
     print("| --- | --- | --- | --- | --- |")
     for name, ratio, choose in rules:
-        own, shares = accuracy(loaded, tokenizer, encoded, choose)
+        own, masks = accuracy(loaded, tokenizer, encoded, choose)
         new, _ = accuracy(loaded, tokenizer, encoded, choose, renumber=True)
-        kept = sum(shares) / len(shares)
+        kept = sum(item.share(mask) for item, mask in zip(encoded, masks)) / len(encoded)
         for positions, right in (("own", own), ("renumbered", new)):
             row = {"rule": name, "wanted": ratio, "positions": positions, "kept": round(kept, 4)}
             results.append({**row, "right": as_bits(right)})

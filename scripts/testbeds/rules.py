@@ -13,32 +13,51 @@ import torch
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.models.codebook import keep_mask
 from transformers_rbl.models.pruning import select_tokens
+from transformers_rbl.models.scorers import scorer_arguments
 
-from .encoding import Encoded
+from .encoding import Encoded, Kept
 
 
+MERGES = ("none",)
 RETENTIONS = (0.5, 0.33, 0.22, 0.15, 0.1, 0.05)
 
-Choose = Callable[[Encoded], torch.Tensor]  # an example's keep mask, `(n,)` bool
+Choose = Callable[[Encoded], Kept]
 
 
-def keep_all(encoded: Encoded) -> torch.Tensor:
-    return torch.ones(len(encoded.tokens), dtype=torch.bool)
+def keep_all(encoded: Encoded) -> Kept:
+    return encoded.left(torch.ones(len(encoded.tokens), dtype=torch.bool))
 
 
-def keep_none(encoded: Encoded) -> torch.Tensor:
-    return torch.zeros(len(encoded.tokens), dtype=torch.bool)
+def keep_none(encoded: Encoded) -> Kept:
+    return encoded.left(torch.zeros(len(encoded.tokens), dtype=torch.bool))
+
+
+def chosen_tokens(
+    tokens: torch.Tensor,
+    rule: PruningConfig,
+    book: RedundancyCodebook | None,
+    measures: dict[str, torch.Tensor],
+    frame: int = 0,
+) -> torch.Tensor:
+    """`(L,)` bool: what a rule of the library keeps of the tokens `(L, d)` of one image or frame; `measures` by the
+    names of a scorer's arguments."""
+    similarity = measures["cls_similarity"] if rule.needs_cls_similarity else None
+    return keep_mask(tokens, rule, book, similarity, frame)
+
+
+def reads_question(score: str) -> bool:
+    return "question" in scorer_arguments(score)
 
 
 def library_rule(rule: PruningConfig, book: RedundancyCodebook | None) -> Choose:
     """A rule of the library, by its own code."""
 
-    def choose(encoded: Encoded) -> torch.Tensor:
+    def choose(encoded: Encoded) -> Kept:
         def part(rows: torch.Tensor, group: int) -> torch.Tensor:
-            similarity = None if encoded.cls_similarity is None else encoded.cls_similarity[rows]
-            return keep_mask(encoded.tokens[rows], rule, book, similarity, group)
+            measures = {name: values[rows] for name, values in encoded.measures.items()}
+            return chosen_tokens(encoded.tokens[rows], rule, book, measures, group)
 
-        return encoded.kept(part)
+        return encoded.left(encoded.chosen(part))
 
     return choose
 
@@ -46,9 +65,9 @@ def library_rule(rule: PruningConfig, book: RedundancyCodebook | None) -> Choose
 def scored_rule(score: Callable[[Encoded], torch.Tensor], ratio: float) -> Choose:
     """Keeps the tokens of lowest `score(encoded)` `(n,)`."""
 
-    def choose(encoded: Encoded) -> torch.Tensor:
+    def choose(encoded: Encoded) -> Kept:
         values, rule = score(encoded), PruningConfig(keep_ratio=ratio)
-        return encoded.kept(lambda rows, group: select_tokens(values[rows], rule))
+        return encoded.left(encoded.chosen(lambda rows, group: select_tokens(values[rows], rule)))
 
     return choose
 
@@ -95,12 +114,13 @@ def rules_of(
             double = PruningConfig(keep_ratio=ratio, score="double_softmax")
             rules.append(("codebook, double softmax", ratio, library_rule(double, main)))
         scores = ["random", "diversity"]
-        if first.cls_similarity is not None:
+        if "cls_similarity" in first.measures:
             scores += ["cls_similarity_high", "cls_similarity_low"]
         for score in scores:
             rules.append((score, ratio, library_rule(PruningConfig(keep_ratio=ratio, score=score), None)))
-        if first.cls_attention is not None:
-            rules.append(("cls_attention", ratio, scored_rule(lambda encoded: -encoded.cls_attention, ratio)))
+        if "cls_attention" in first.measures:
+            attended = scored_rule(lambda encoded: -encoded.measures["cls_attention"], ratio)
+            rules.append(("cls_attention", ratio, attended))
         rules.append(("token norm", ratio, scored_rule(lambda encoded: -encoded.tokens.norm(dim=-1), ratio)))
         rules.append(("oracle", ratio, scored_rule(oracle, ratio)))
     for value in thresholds:

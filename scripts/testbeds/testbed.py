@@ -38,6 +38,10 @@ class Example:
         """Per image, `(rows, columns)` bool: the patches that show what questions ask about."""
         raise NotImplementedError
 
+    def others(self) -> dict[str, list[np.ndarray]]:
+        """Whatever else patches show, by name, each as [`~Example.subjects`]: what a rule kept instead."""
+        return {"other": [~subject for subject in self.subjects()]}
+
     def pictures(self) -> list[Image.Image]:
         return [Image.fromarray(image) for image in self.images]
 
@@ -81,6 +85,7 @@ class Testbed:
         subject (`str`): what its questions ask about, in names of rules and tables.
         card (`str`): for a checkpoint's card, how it came to be and what it answers; examples follow.
         results (`str`): the page of its results.
+        caveats (`tuple[str, ...]`): what figures of it do not say, in Markdown; links are relative to docs/results.
     """
 
     name: str
@@ -91,3 +96,4 @@ class Testbed:
     subject: str
     card: str
     results: str
+    caveats: tuple[str, ...] = ()

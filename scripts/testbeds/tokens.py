@@ -147,9 +147,14 @@ def grid_centres(height: float, width: float, rows: int, columns: int) -> torch.
 
 
 def subject_shares(config: PretrainedConfig, example: Example) -> torch.Tensor:
-    """`(n,)`: share of each visual token's patches that show what questions ask about, 0 for row ends. A token of a
-    base image or of a pooled frame covers several."""
-    shown = [torch.from_numpy(subject).float()[None] for subject in example.subjects()]
+    """`(n,)`: share of each visual token's patches that show what questions ask about, 0 for row ends."""
+    return patch_shares(config, example, example.subjects())
+
+
+def patch_shares(config: PretrainedConfig, example: Example, patches: Sequence[np.ndarray]) -> torch.Tensor:
+    """`(n,)`: share of each visual token's patches that are among `patches`, per image `(rows, columns)` bool; 0 for
+    row ends. A token of a base image or of a pooled frame covers several."""
+    shown = [torch.from_numpy(part).float()[None] for part in patches]
     family, side = family_of(config), vision_side(config)
     if family == "qwen3_vl":
         return F.avg_pool2d(shown[0], config.vision_config.spatial_merge_size).flatten()

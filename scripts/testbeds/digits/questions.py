@@ -10,7 +10,7 @@ import numpy as np
 
 from ..testbed import SPLITS, Example
 from ..tokens import POOLED
-from .drawing import draw_glyph
+from .drawing import DECOYS, draw_glyph
 from .placing import BACKDROP, Placed, Size, draw_boxes, draw_scene, draw_window
 from .sizes import CELL, FRAMES, GLYPH, PATCH, draw_size, size_of, step_of
 from .splits import belongs, composition
@@ -27,6 +27,14 @@ class DigitExample(Example):
 
     def subjects(self) -> list[np.ndarray]:
         return [label < BACKDROP for label in self.labels]
+
+    def others(self) -> dict[str, list[np.ndarray]]:
+        first_block = BACKDROP + 1 + len(DECOYS)
+        return {
+            "decoy": [(label > BACKDROP) & (label < first_block) for label in self.labels],
+            "block": [label >= first_block for label in self.labels],
+            "backdrop": [label == BACKDROP for label in self.labels],
+        }
 
 
 def examples(

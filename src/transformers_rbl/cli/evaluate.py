@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,10 @@ def evaluate(
     data: Annotated[str, typer.Option(help="JSON Lines file, or a datasets dataset (Hub id or local).")],
     out: Annotated[Path, typer.Option(help="Folder for results.md, results.json and accuracy.png.")],
     codebook: Codebook = None,
-    score: Annotated[list[str] | None, typer.Option(help="Scores to compare; default cosine. Repeat.")] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(help="Scores to compare, or all that this model can run; default cosine. Repeat."),
+    ] = None,
     keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios, for every score. Repeat.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds. Repeat.")] = None,
     tiles: Annotated[str, typer.Option(help="all or base.")] = "all",
@@ -57,26 +61,44 @@ def evaluate(
 ) -> None:
     """What pruning costs: accuracy against retention, for many rules on one pass over the images."""
     from ..evaluation.evaluate import evaluate as ask_under_rules
-    from ..evaluation.evaluate import table_rows, write_results
+    from ..evaluation.evaluate import prompt_inputs, refusal, table_rows, write_results
     from ..evaluation.questions import read_questions
     from ..models.pruning import PruningConfig
+    from ..models.scorers import SCORERS
 
     need_matplotlib()
     metrics = metric or ["normalised"]
     check_metrics(metrics)
+    if score and threshold and not keep_ratio:
+        raise ValueError("--threshold is for score cosine: give --keep-ratio for --score, or leave --score out.")
     ratios = keep_ratio or (() if threshold else KEEP_RATIOS)
+    every = "all" in (score or ())
+    if every and len(score or ()) > 1:
+        raise ValueError("--score all takes every score: leave the others out.")
     rules = [
         PruningConfig(keep_ratio=ratio, score=name, tiles=tiles, newlines=newlines, seed=seed)
-        for name in score or ["cosine"]
+        for name in (SCORERS if every else score or ["cosine"])
         for ratio in ratios
     ]
     rules += [PruningConfig(threshold=value, tiles=tiles, newlines=newlines, seed=seed) for value in threshold or ()]
     loaded, processor = load_pruned(model, codebook, dtype, device)
-    for rule in rules:
-        loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
     if streaming and limit is None:
         raise ValueError("A streamed dataset has no known length: give --limit.")
     questions = read_questions(data, image_column, question_column, answer_column, split, limit, streaming)
+    refused: dict[str, str] = {}
+    if every:
+        first = next(questions, None)
+        if first is None:
+            raise ValueError("There are no questions to ask.")
+        questions = itertools.chain([first], questions)
+        prompt = prompt_inputs(processor, first, suffix, loaded.device, loaded.dtype)
+        tried = {rule.score: refusal(loaded, prompt, rule) for rule in rules}
+        refused = {name: sentence for name, sentence in tried.items() if sentence is not None}
+        rules = [rule for rule in rules if rule.score not in refused]
+        if not rules:
+            raise ValueError(f"This model can run no rule: {next(iter(refused.values()))}")
+    for rule in rules:
+        loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
     progress = tqdm(questions, unit="question", total=limit)
     results, references = ask_under_rules(loaded, processor, progress, rules, metrics, max_new_tokens, suffix)
     about = {
@@ -85,6 +107,7 @@ def evaluate(
         "data": data,
         "questions": len(references),
         "device": f"{loaded.device}, {loaded.dtype}",
+        **{f"not run: {name}": sentence for name, sentence in refused.items()},
     }
     write_results(out, results, references, about)
     columns, rows = table_rows(results, references)
@@ -94,4 +117,6 @@ def evaluate(
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+    for name, sentence in refused.items():
+        Console().print(escape(f"{name} was not run: {sentence}"))
     Console().print(f"[bold]{out / 'results.md'}[/bold], results.json, accuracy.png")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .timing import timed_prefill
 from .writing import write_results
 
 
-__all__ = ["OFF", "RuleResult", "evaluate", "prompt_inputs", "prompt_text", "table_rows", "write_results"]
+__all__ = ["OFF", "RuleResult", "evaluate", "prompt_inputs", "prompt_text", "refusal", "table_rows", "write_results"]
 
 OFF = PruningConfig(enabled=False)
 TIMED_QUESTIONS = 8
@@ -92,6 +93,23 @@ def evaluate(
         pairs = list(zip(result.answers, references))
         result.correct = {name: [METRICS[name](*pair) for pair in pairs] for name in metrics}
     return results, references
+
+
+@torch.no_grad()
+def refusal(model: RBLGenerationMixin, inputs: Mapping[str, Any], rule: PruningConfig) -> str | None:
+    """Why a model cannot prune by a rule, in its own sentence; None if it can. The rule is tried on one prompt, since
+    what a rule needs (a codebook, a [cls] token, the question) is known to the model, and to nobody else.
+
+    Args:
+        model (`RBLGenerationMixin`): in eval mode.
+        inputs (`Mapping[str, Any]`): of its `forward`: a prompt with an image.
+        rule (`PruningConfig`): what to try.
+    """
+    try:
+        model(**inputs, pruning=rule, logits_to_keep=1)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def prompt_inputs(
