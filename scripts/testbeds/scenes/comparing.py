@@ -24,7 +24,7 @@ from ..answering import answer
 from ..tokens import Visual
 from .checkpoint import assembled
 from .concepts import CONCEPTS
-from .questions import SceneExample, draw_example
+from .asking import SceneExample, draw_example
 from .tower import pixels_of
 
 

@@ -16,7 +16,7 @@ from ..tokens import Visual
 from .language import add_lora, load_language_model, load_tokenizer, word_embeddings
 from .model import stock_llava
 from .projector import Targets, closed_form
-from .questions import SceneExample, draw_example
+from .asking import SceneExample, draw_example
 from .running import run_steps
 from .tower import WORDS, Tower, close_ups, pixels_of, training_scenes
 
@@ -24,7 +24,7 @@ from .tower import WORDS, Tower, close_ups, pixels_of, training_scenes
 STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
-        Stage("whole", steps=1500, lr=1e-3, batch=24),
+        Stage("whole", steps=2400, lr=1e-3, batch=24),
         Stage("answers", steps=600, lr=1.2e-3, batch=4),
     )
 }
