@@ -117,20 +117,31 @@ def test_a_click_tells_of_the_nearest_prototype(stand, answer):
     size = picture(answer, "base").size
     click = explain_click(stand, answer, "base", 3.5 * size[0] / 4, 1.5 * size[1] / 4)  # token 7 of a 4 x 4 grid
     assert "cosine 1.000 with prototype 1, the nearest of 3." in click.text
-    assert "It was token 7 of 2.png. Shown it alone, the model said 'sky', 'wall', 'w1'." in click.text
-    assert click.patch.tobytes() == click.source.tobytes()  # the prototype is this very patch
-    assert demo.source_patch(stand, replace(answer.explanations[7], image="built/from/2.png")) is not None
+    assert "1. prototype 1, cosine 1.000, token 7 of 2.png: 'sky', 'wall', 'w1'." in click.text
+    ranked = answer.explanations[7]
+    assert [nearest.score for nearest in ranked] == sorted((nearest.score for nearest in ranked), reverse=True)
+    assert sorted(nearest.prototype for nearest in ranked) == [0, 1, 2]
+    assert [caption for _, caption in click.sources] == [f"'sky' ({nearest.score:.2f})" for nearest in ranked]
+    assert click.patch.tobytes() == click.sources[0][0].tobytes()  # the prototype is this very patch
+    assert demo.source_patch(stand, replace(ranked[0], image="built/from/2.png")) is not None
     assert click.picture.size == size and click.picture.tobytes() != picture(answer, "base").tobytes()
+
+
+def test_prototypes_that_all_say_one_word(stand, answer):
+    shared = "All 3 prototypes say 'sky' first"
+    assert shared in explain_click(stand, answer, "base", 0, 0).text
+    other = replace(stand, provenance=[{**row, "word_1": f"word {n}"} for n, row in enumerate(stand.provenance)])
+    assert "prototypes say" not in explain_click(other, answer, "base", 0, 0).text
 
 
 def test_what_is_not_at_hand_is_said(family, files, stand, wide, answer, tmp_path):
     click = explain_click(replace(stand, sources={}), answer, "base", 0, 0)
-    assert click.source is None and "2.png is not among the images" in click.text and "'sky'" in click.text
+    assert not click.sources and "2.png is not among the images" in click.text and "'sky'" in click.text
     shutil.copytree(files / "book", tmp_path / "book")
     (tmp_path / "book" / PROVENANCE_NAME).unlink()
     bare = load_demo(family.folder, tmp_path / "book")
     click = explain_click(bare, ask(bare, wide, "what?", repeats=1, max_new_tokens=1), "base", 0, 0)
-    assert click.source is None and "no provenance table" in click.text and "cosine" in click.text
+    assert not click.sources and "no provenance table" in click.text and "cosine" in click.text
     with pytest.raises(ValueError, match="Ask a question first"):
         explain_click(bare, None, "base", 0, 0)
 
@@ -228,13 +239,34 @@ def test_images_and_questions_of_a_folder(tmp_path):
         demo.image_files(tmp_path)
     with pytest.raises(ValueError, match="no folder"):
         demo.image_files(tmp_path / "nowhere")
-    assert demo.suggested_questions(tmp_path) == [demo.QUESTION]
-    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"question": q}) for q in ("b?", "a?", "b?")))
-    assert demo.suggested_questions(tmp_path) == ["b?", "a?"]
-    (tmp_path / "questions.jsonl").write_text("[1]")
-    with pytest.raises(ValueError, match="questions.jsonl does not hold"):
-        demo.suggested_questions(tmp_path)
+    files = {name: tmp_path / name for name in ("1.png", "2.png")}
+    assert demo.asked_of(tmp_path, files) == {}
+    rows = [("1.png", "b?", "x"), ("2.png", "a?", ["y", "z"]), ("1.png", "c?", 3), ("elsewhere.png", "d?", "x")]
+    lines = [json.dumps({"image": image, "question": question, "answer": answer}) for image, question, answer in rows]
+    (tmp_path / "questions.jsonl").write_text("\n\n".join(lines))
+    assert demo.asked_of(tmp_path, files) == {
+        files["1.png"]: {"b?": "x", "c?": "3"},
+        files["2.png"]: {"a?": "y or z"},
+    }
+    for wrong in ("[1]", "{", '{"image": "1.png", "question": "a?"}'):
+        (tmp_path / "questions.jsonl").write_text(wrong)
+        with pytest.raises(ValueError, match="questions.jsonl does not hold"):
+            demo.asked_of(tmp_path, files)
     assert all(path.is_file() for path in demo.sample_photos().values()) and len(demo.sample_photos()) == 2
+
+
+def test_the_limits_that_a_card_names(tmp_path):
+    assert demo.limits_of(str(tmp_path)) is None and demo.limits_of("org/never-downloaded") is None
+    card = tmp_path / "README.md"
+    for text, limits in {
+        "# A model\n\nNo limits.": None,
+        "# A\n\n## Limitations\n\nReads digits,\nnothing else.\n\nMore.\n\n## B\n": "Reads digits, nothing else.",
+        "## limits\nOne.": "One.",
+        "## Limits\n\n## Next\n\nText": None,
+    }.items():
+        card.write_text(text)
+        assert demo.limits_of(str(tmp_path)) == limits
+    assert "a photo of yours means nothing" in demo.limits_of(str(demo.default_model()))
 
 
 def test_what_cannot_be_loaded(family, files, tmp_path, monkeypatch):
@@ -373,6 +405,7 @@ def test_the_page_in_a_browser(page, page_demo, tmp_path):
     stock, many = numbers("0.5")
     again, few = numbers("0.15")
     assert stock == again > many > few > 0
+    expect(page.locator("#true")).to_have_count(0)  # nobody knows what is in an uploaded photo
 
     for view, (row, column) in {"base": (2, 5), "tiles": (6, 14)}.items():
         shown = page.locator(f"#{view} img")
@@ -386,6 +419,17 @@ def test_the_page_in_a_browser(page, page_demo, tmp_path):
     page.locator("#setting").get_by_text("threshold").click()
     expect(page.locator("#value")).to_contain_text("Threshold")
     assert numbers("1")[1] > few
+
+    page.locator("#images img").first.click()  # another image: what the last one left goes
+    expect(figures).to_have_count(0)
+    expect(page.locator("#base img")).to_be_hidden()
+    expect(page.locator("#stock textarea, #stock input").first).to_have_value("")
+    numbers("1")
+    expect(page.locator("#patch textarea")).to_have_value("")
+    answers = page_demo.asked[page_demo.images[0]]
+    expect(page.locator("#true textarea, #true input").first).to_have_value(next(iter(answers.values())))
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert not errors and "Traceback" not in page.content()
 
     if path := os.environ.get("RBL_SCREENSHOT"):

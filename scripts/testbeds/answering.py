@@ -30,6 +30,7 @@ class Frame:
 
 
 LLAVA = Frame("<s>USER:", " ASSISTANT:")
+CHATML = Frame("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", after="\n")  # SmolLM2's
 FRAMES = {
     "qwen3_vl": Frame(
         "<|im_start|>user", "<|im_end|><|im_start|>assistant", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -37,7 +38,10 @@ FRAMES = {
 }
 
 
-def frame_of(family: str) -> Frame:
+def frame_of(family: str, tokenizer: PreTrainedTokenizerFast | None = None) -> Frame:
+    """A family's frame; LLaVA's language model, known by its `tokenizer`, may bring its own."""
+    if family == "llava" and tokenizer is not None and "<|im_start|>" in tokenizer.all_special_tokens:
+        return CHATML
     return FRAMES.get(family, LLAVA)
 
 
@@ -53,7 +57,7 @@ def answer(
         The loss; per question whether every answer token, the end included, is the likeliest (what greedy decoding
         would say); and the same `(batch, questions)`.
     """
-    frame, end = frame_of(family_of(model.config)), model.config.text_config.eos_token_id
+    frame, end = frame_of(family_of(model.config), tokenizer), model.config.text_config.eos_token_id
     head, before, after, tail = (
         tokenizer(part, add_special_tokens=False).input_ids
         for part in (frame.head, frame.before, frame.after, frame.tail)

@@ -62,6 +62,11 @@ def main(
 
 {questions}
 
+## Limits
+
+This model knows pictures and questions of its own testbed, and nothing else: what it says of a photo of yours means
+nothing.
+
 What pruning costs it, and how little that says of large models: {testbed.results}.
 """
     card.content = card.content.rstrip() + "\n" + text

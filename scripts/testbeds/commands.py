@@ -5,6 +5,7 @@ import typer
 from . import assembling, comparison, files, positions, recipes, report, training
 from .digits import pictures
 from .leaderboard import command as leaderboard
+from .scenes import checkpoint, comparing
 
 
 app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
@@ -18,3 +19,5 @@ app.command("leaderboard")(leaderboard.main)
 app.command("report")(report.main)
 app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)
+app.command("scenes")(checkpoint.command)
+app.command("scenes-compare")(comparing.main)

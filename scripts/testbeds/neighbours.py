@@ -58,6 +58,6 @@ def look_at_neighbours(tower: torch.nn.Module, config: PretrainedConfig, scale: 
                     turn[at : at + 2, at : at + 2] = torch.tensor(
                         [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
                     )
-            part = slice(head * width, (head + 1) * width)
+            part = slice(head * width, head * width + min(width, size))
             layer.self_attn.q_proj.weight[part, :size] += scale * torch.eye(size)[:width]
             layer.self_attn.k_proj.weight[part, :size] += scale * turn[:width]

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from .digits import DIGITS
+from .scenes import SCENES
 from .testbed import Testbed
 
 
-TESTBEDS = {"digits": DIGITS}
-TestbedName = Annotated[Literal["digits"], typer.Option("--testbed", help="Whose data.")]
+TESTBEDS = {"digits": DIGITS, "scenes": SCENES}
+TestbedName = Annotated[Literal["digits", "scenes"], typer.Option("--testbed", help="Whose data.")]
 Family = Annotated[str, typer.Option(help="llava, llava_next, llava_onevision or qwen3_vl.")]
 Kind = Annotated[Literal["image", "images", "video"], typer.Option(help="What its model is shown.")]
 Split = Annotated[Literal["train", "validation", "test"], typer.Option()]

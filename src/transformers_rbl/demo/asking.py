@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..evaluation.evaluate import OFF, prompt_inputs
-from ..evaluation.explain import Explanation, explain
+from ..evaluation.explain import Explanation, nearest_prototypes
 from ..evaluation.questions import Question
 from ..evaluation.timing import compare_prefills
 from ..inputs import image_arguments, image_runs, layout_of
@@ -20,6 +20,7 @@ from .loading import FIELDS, GUESSES, RATIO, Demo
 
 REPEATS = 3  # timed prefills of each, after one that warms up
 MAX_NEW_TOKENS = 64
+NEAREST = 3  # prototypes that a click shows
 UNKNOWN = {"image": "", "position": "-1", "word_1": "", "word_2": "", "word_3": ""}
 
 
@@ -50,7 +51,7 @@ class Answer:
         keep_mask (`torch.BoolTensor` of shape `(L,)`): the visual tokens that stayed.
         grids (`dict[str, torch.LongTensor]`): `"base"` and, with tiles, `"tiles"`: `(rows, columns)` places of tokens.
             Empty where nothing tells where the image's tiles lie.
-        explanations (`list[Explanation]`): of all L tokens.
+        explanations (`list[list[Explanation]]`): the nearest prototypes of all L tokens, the most similar first.
         scores (`tuple[float, float, float]`): least and greatest score, and the greatest one kept.
     """
 
@@ -59,7 +60,7 @@ class Answer:
     pruned: Side
     keep_mask: torch.Tensor
     grids: dict[str, torch.Tensor]
-    explanations: list[Explanation]
+    explanations: list[list[Explanation]]
     scores: tuple[float, float, float]
 
 
@@ -145,8 +146,9 @@ def ask(
     runs = image_runs(model, inputs["input_ids"])
     layout = layout_of(model.model.layouts(**images), [len(tokens) for tokens in entries], runs)
     features = torch.cat(entries)
-    explanations = explain(model.codebook, features, demo.provenance or [UNKNOWN] * len(model.codebook.prototypes))
-    scores = torch.tensor([explanation.score for explanation in explanations])
+    provenance = demo.provenance or [UNKNOWN] * len(model.codebook.prototypes)
+    explanations = nearest_prototypes(model.codebook, features, provenance, NEAREST)
+    scores = torch.tensor([ranked[0].score for ranked in explanations])
     patches = torch.ones_like(keep_mask) if layout is None else layout.scored(OFF)
     return Answer(
         image=seen_part(demo, image, layout),
@@ -166,7 +168,7 @@ def figures(answer: Answer) -> str:
     rows = [
         ("visual tokens", f"{stock.tokens}", f"{pruned.tokens}", pruned.tokens / stock.tokens),
         (
-            f"prefill, median of {REPEATS}",
+            f"prefill (vision tower and language model), median of {REPEATS}",
             f"{stock.seconds * 1e3:.1f} ms",
             f"{pruned.seconds * 1e3:.1f} ms",
             pruned.seconds / stock.seconds,

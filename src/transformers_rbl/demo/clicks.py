@@ -21,16 +21,17 @@ class Click:
 
     Args:
         token (`int`): its position among the image's visual tokens.
-        text (`str`): score, prototype, and where that comes from, in sentences.
+        text (`str`): score, nearest prototypes, and where they come from, in sentences.
         patch (`PIL.Image.Image`): the patch and a little around it.
-        source (`PIL.Image.Image`, *optional*): the same of the nearest prototype, where its image is at hand.
+        sources (`list[tuple[PIL.Image.Image, str]]`): the same of the nearest prototypes whose images are at hand, with
+            a caption each.
         picture (`PIL.Image.Image`): the whole picture, the patch framed.
     """
 
     token: int
     text: str
     patch: Image.Image
-    source: Image.Image | None
+    sources: list[tuple[Image.Image, str]]
     picture: Image.Image
 
 
@@ -52,23 +53,34 @@ def explain_click(demo: Demo, answer: Answer | None, view: str, x: float, y: flo
     shape = (grid.shape[0], grid.shape[1])
     row, column = cell_at(shape, x, y, shown.size)
     token = int(grid[row, column])
-    nearest, kept = answer.explanations[token], bool(answer.keep_mask[token])
-    source = None if demo.provenance is None else source_patch(demo, nearest)
+    ranked, kept = answer.explanations[token], bool(answer.keep_mask[token])
     lines = [
         f"{'Kept' if kept else 'Dropped'}: row {row + 1}, column {column + 1} of the {VIEWS[view]} (token {token}).",
-        f"Score: cosine {nearest.score:.3f} with prototype {nearest.prototype}, the nearest of "
+        f"Score: cosine {ranked[0].score:.3f} with prototype {ranked[0].prototype}, the nearest of "
         f"{len(demo.model.codebook.prototypes)}.",
     ]
+    sources: list[tuple[Image.Image, str]] = []
     if demo.provenance is None:
-        lines.append("This codebook has no provenance table: nobody knows which patch that was, or what it says.")
+        lines.append("This codebook has no provenance table: nobody knows which patches those were, or what they say.")
     else:
-        words = ", ".join(repr(word) for word in nearest.words)
-        lines.append(f"It was token {nearest.position} of {nearest.image}. Shown it alone, the model said {words}.")
-        if source is None:
-            lines.append(f"{nearest.image} is not among the images, so its patch cannot be shown.")
+        lines.append("The nearest prototypes, and what the model said when it was shown each alone:")
+        for number, nearest in enumerate(ranked, start=1):
+            words = ", ".join(repr(word) for word in nearest.words)
+            place = f"token {nearest.position} of {nearest.image}"
+            lines.append(f"{number}. prototype {nearest.prototype}, cosine {nearest.score:.3f}, {place}: {words}.")
+            if (source := source_patch(demo, nearest)) is None:
+                lines[-1] += f" {nearest.image} is not among the images, so its patch cannot be shown."
+            else:
+                sources.append((source, f"{nearest.words[0]!r} ({nearest.score:.2f})"))
+        first = {row["word_1"] for row in demo.provenance}
+        if len(first) == 1:
+            lines.append(
+                f"All {len(demo.provenance)} prototypes say {first.pop()!r} first, whatever they show: the model's "
+                "answer to an image that says nothing."
+            )
     framed = shown.copy()
     ImageDraw.Draw(framed).rectangle(cell_box(shown.size, shape, row, column), outline=(255, 64, 64), width=5)
-    return Click(token, "\n".join(lines), cut(answer.image, shape, row, column), source, framed)
+    return Click(token, "\n".join(lines), cut(answer.image, shape, row, column), sources, framed)
 
 
 def source_patch(demo: Demo, nearest: Explanation) -> Image.Image | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
@@ -38,6 +40,8 @@ class Demo:
         questions (`list[str]`): to pick from.
         provenance (`list[dict[str, str]]`, *optional*): rows of the codebook's table.
         sources (`dict[str, Path]`): image files by the names that the table may give them.
+        asked (`dict[Path, dict[str, str]]`): true answers by question, of images that have some.
+        limits (`str`, *optional*): what the model cannot do, in the words of its card.
     """
 
     model: Any
@@ -47,6 +51,8 @@ class Demo:
     questions: list[str]
     provenance: list[dict[str, str]] | None
     sources: dict[str, Path]
+    asked: dict[Path, dict[str, str]] = field(default_factory=dict)
+    limits: str | None = None
 
     def default(self, setting: str) -> float:
         """Where the slider of a setting begins: the model's own setting, the codebook's, or a guess."""
@@ -84,8 +90,8 @@ def load_demo(
             [`default_model`].
         codebook (`str` or `os.PathLike`, *optional*): folder or Hub id; needed unless the checkpoint has one.
         images (`str` or `os.PathLike`, *optional*): folder of images to pick from, in which the prototypes' source
-            images are looked for; a `questions.jsonl` in it gives questions to pick from. Default: `images` in the
-            model's folder, else two photos that come with scikit-learn.
+            images are looked for; a `questions.jsonl` in it gives questions to pick from, and their true answers.
+            Default: `images` in the model's folder, else two photos that come with scikit-learn.
         device (`str`, *optional*): default a GPU if there is one.
         dtype (`str`): as in `from_pretrained`.
 
@@ -104,14 +110,18 @@ def load_demo(
     if provenance is not None and len(provenance) != count:
         raise ValueError(f"The provenance table has {len(provenance)} rows, but the codebook {count} prototypes.")
     loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = {} if folder is None else asked_of(folder, files)
+    questions = dict.fromkeys(question for answers in asked.values() for question in answers)
     return Demo(
         model=loaded,
         processor=AutoProcessor.from_pretrained(model),
         name=Path(model).name,
         images=list(files.values()),
-        questions=[QUESTION] if folder is None else suggested_questions(folder),
+        questions=list(questions)[:MOST_QUESTIONS] or [QUESTION],
         provenance=provenance,
         sources={**{path.name: path for path in files.values()}, **files},
+        asked=asked,
+        limits=limits_of(model),
     )
 
 
@@ -136,21 +146,45 @@ def image_files(folder: str | os.PathLike) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in paths}
 
 
-def suggested_questions(folder: str | os.PathLike) -> list[str]:
-    """The first different questions of a folder's `questions.jsonl`, the format of `rbl evaluate`.
+def asked_of(folder: str | os.PathLike, files: dict[str, Path]) -> dict[Path, dict[str, str]]:
+    """Questions and true answers of a folder's images, by its `questions.jsonl`: the format of `rbl evaluate`.
+
+    Args:
+        folder (`str` or `os.PathLike`): of images.
+        files (`dict[str, Path]`): its images by their path in it; rows of other images, or of several, are left out.
 
     Raises:
         ValueError: if the file is there, but does not hold questions.
     """
     file = Path(folder, "questions.jsonl")
+    asked: dict[Path, dict[str, str]] = {}
     if not file.is_file():
-        return [QUESTION]
+        return asked
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        questions = dict.fromkeys(str(json.loads(line)["question"]) for line in lines if line.strip())
+        for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+            answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+            if isinstance(row["image"], str) and row["image"] in files:
+                asked.setdefault(files[row["image"]], {})[str(row["question"])] = " or ".join(map(str, answers))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not hold a question in every line ({error!r}).") from error
-    return list(questions)[:MOST_QUESTIONS] or [QUESTION]
+        raise ValueError(
+            f"{file} does not hold an image, a question and an answer in every line ({error!r})."
+        ) from error
+    return asked
+
+
+def limits_of(model: str) -> str | None:
+    """The first paragraph under `## Limits` (or Limitations) of a checkpoint's card: what the model cannot do.
+
+    Args:
+        model (`str`): folder or Hub id; of a Hub id only what was downloaded before is read.
+    """
+    card = Path(model, "README.md") if Path(model).is_dir() else try_to_load_from_cache(model, "README.md")
+    if not isinstance(card, (str, Path)) or not Path(card).is_file():
+        return None
+    text = Path(card).read_text(encoding="utf-8", errors="replace")
+    paragraph = re.search(r"^#+ *limit(?:s|ations?)\b[^\n]*\n\s*([^#\s].*?)(?=\n\s*\n|\Z)", text, re.M | re.S | re.I)
+    return " ".join(paragraph[1].split()) if paragraph else None
 
 
 def open_photo(path: str | os.PathLike | None) -> Image.Image:

@@ -10,7 +10,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from .asking import Answer, ask, figures
+from .asking import NEAREST, Answer, ask, figures
 from .clicks import explain_click
 from .loading import RATIO, THRESHOLD, Demo, open_photo
 from .pictures import VIEWS, picture
@@ -19,7 +19,11 @@ from .pictures import VIEWS, picture
 TITLE = "Fewer visual tokens"
 SLIDERS = {RATIO: (0.01, 1.0), THRESHOLD: (0.0, 1.0)}
 MOST_IMAGES = 12
-SQUARES = "#images img { aspect-ratio: 1; object-fit: cover; }"
+STYLE = """
+#images img { aspect-ratio: 1; object-fit: cover; }
+#figures table { width: 100%; }
+#figures th, #figures td { word-break: normal; overflow-wrap: normal; padding: 6px 8px; }
+"""
 
 
 def one_sentence(handler: Callable) -> Callable:
@@ -47,26 +51,37 @@ def interface(demo: Demo) -> gr.Blocks:
         `gradio.Blocks`: see [`launch`].
     """
 
-    @one_sentence
-    def pick(index: int) -> tuple[Image.Image, Image.Image]:
-        image = open_photo(demo.images[index])
-        return image, image
+    def no_patch() -> tuple[Any, ...]:
+        return "", None, gr.Gallery([], visible=False)
+
+    def nothing() -> tuple[Any, ...]:
+        """What the last image left on the page goes when another one is chosen."""
+        answers = "", "", gr.Textbox("", visible=False), ""
+        return None, *answers, gr.Column(visible=False), *(None for _ in VIEWS), *no_patch()
 
     @one_sentence
-    def upload(path: str | None) -> tuple[Image.Image, Image.Image]:
+    def pick(index: int) -> tuple[Any, ...]:
+        path = demo.images[index]
+        image, answers = open_photo(path), demo.asked.get(path, {})
+        return image, answers, image, next(iter(answers), gr.skip()), *nothing()
+
+    @one_sentence
+    def upload(path: str | None) -> tuple[Any, ...]:
         image = open_photo(path)
-        return image, image
+        return image, {}, image, gr.skip(), *nothing()
 
     @one_sentence
-    def send_question(image: Image.Image | None, question: str | None, setting: str, value: float) -> tuple[Any, ...]:
+    def send_question(
+        image: Image.Image | None, answers: dict[str, str], question: str | None, setting: str, value: float
+    ) -> tuple[Any, ...]:
         answer = ask(demo, image, question, setting, value)
-        texts = answer.stock.answer, answer.pruned.answer, figures(answer)
+        true = answers.get((question or "").strip())
+        texts = answer.stock.answer, answer.pruned.answer, gr.Textbox(true, visible=true is not None), figures(answer)
         pictures = [
             gr.Image(picture(answer, view) if view in answer.grids else None, visible=view in answer.grids)
             for view in VIEWS
         ]
-        no_patch = "", None, gr.Image(None, visible=False)
-        return answer, *texts, gr.Column(visible=bool(answer.grids)), *pictures, *no_patch
+        return answer, *texts, gr.Column(visible=bool(answer.grids)), *pictures, *no_patch()
 
     def clicked(view: str) -> Callable:
         @one_sentence
@@ -76,7 +91,7 @@ def interface(demo: Demo) -> gr.Blocks:
             assert answer is not None  # or it had raised
             others = {name: picture(answer, name) for name in answer.grids if name != view}  # their frames go
             pictures = [click.picture if name == view else others.get(name) for name in VIEWS]
-            return *pictures, click.text, click.patch, gr.Image(click.source, visible=click.source is not None)
+            return *pictures, click.text, click.patch, gr.Gallery(click.sources, visible=bool(click.sources))
 
         return run
 
@@ -90,7 +105,7 @@ def interface(demo: Demo) -> gr.Blocks:
             f"# {TITLE}\nOne question, two answers: **{html.escape(demo.name)}** with every visual token, and without "
             "those that look like a codebook's redundant ones."
         )
-        chosen, last = gr.State(), gr.State()
+        chosen, known, last = gr.State(), gr.State({}), gr.State()
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(label="Image", height=360, elem_id="photo", **plain)
@@ -104,6 +119,8 @@ def interface(demo: Demo) -> gr.Blocks:
                     elem_id="images",
                 )
                 button = gr.UploadButton("Upload an image", file_types=["image"], elem_id="upload")
+                if demo.limits is not None:
+                    gr.Markdown(f"Before you upload a photo: {demo.limits}", elem_id="limits")
             with gr.Column():
                 question = gr.Textbox(demo.questions[0], label="Question", max_length=2000, elem_id="question")
                 if len(demo.questions) > 1:
@@ -114,24 +131,35 @@ def interface(demo: Demo) -> gr.Blocks:
                 with gr.Row():
                     stock = gr.Textbox(label="Stock answer", interactive=False, elem_id="stock")
                     pruned = gr.Textbox(label="Pruned answer", interactive=False, elem_id="pruned")
+                    true = gr.Textbox(label="True answer", interactive=False, visible=False, elem_id="true")
                 table = gr.Markdown(elem_id="figures")
         with gr.Column(visible=False) as below:
             gr.Markdown("Bright patches stayed, dark ones were dropped. Click one to see why.")
             with gr.Row():
                 views = [gr.Image(label=VIEWS[view].capitalize(), height=480, elem_id=view, **plain) for view in VIEWS]
+            text = gr.Textbox(label="This patch", lines=8, interactive=False, elem_id="patch")
             with gr.Row():
-                text = gr.Textbox(label="This patch", lines=5, scale=2, interactive=False, elem_id="patch")
-                here = gr.Image(label="Patch", height=240, elem_id="here", **plain)
-                there = gr.Image(label="Nearest prototype's patch", height=240, visible=False, elem_id="there", **plain)
-        images.click(pick, images, [chosen, photo])
-        button.upload(upload, button, [chosen, photo])
+                here = gr.Image(label="Patch", height=280, elem_id="here", **plain)
+                there = gr.Gallery(
+                    label="Nearest prototypes, and the word that each says alone",
+                    columns=NEAREST,
+                    height=280,
+                    scale=3,
+                    object_fit="contain",
+                    visible=False,
+                    elem_id="there",
+                    **plain,
+                )
+        shown = [last, stock, pruned, true, table, below, *views, text, here, there]
+        images.click(pick, images, [chosen, known, photo, question, *shown])
+        button.upload(upload, button, [chosen, known, photo, question, *shown])
         setting.change(slider, setting, value)
         # One question at a time: two at once would spoil each other's prefill times.
         gr.on(
             [send.click, question.submit],
             send_question,
-            [chosen, question, setting, value],
-            [last, stock, pruned, table, below, *views, text, here, there],
+            [chosen, known, question, setting, value],
+            shown,
             concurrency_limit=1,
         )
         for view, image in zip(VIEWS, views):
@@ -165,7 +193,7 @@ def launch(
         max_file_size="20mb",
         state_session_capacity=100,
         footer_links=["gradio"],
-        css=SQUARES,
+        css=STYLE,
         **kwargs,
     )
     return app

@@ -58,18 +58,37 @@ def explain(
     Raises:
         ValueError: if the table is of another codebook.
     """
-    if len(provenance) != len(codebook.prototypes):
-        raise ValueError(
-            f"The provenance table has {len(provenance)} rows, but the codebook {len(codebook.prototypes)} prototypes."
-        )
+    return [ranked[0] for ranked in nearest_prototypes(codebook, tokens, provenance, 1)]
+
+
+def nearest_prototypes(
+    codebook: RedundancyCodebook, tokens: torch.Tensor, provenance: Sequence[dict[str, str]], most: int
+) -> list[list[Explanation]]:
+    """The nearest prototypes of every token, the most similar first.
+
+    Args:
+        codebook ([`RedundancyCodebook`]): built with a provenance table.
+        tokens (`torch.Tensor` of shape `(L, d)`): unpruned visual tokens of one base image.
+        provenance (`Sequence[dict[str, str]]`): rows of its table, see [`provenance_of`].
+        most (`int`): so many of each; fewer where the codebook is smaller.
+
+    Raises:
+        ValueError: if the table is of another codebook.
+    """
+    count = len(codebook.prototypes)
+    if len(provenance) != count:
+        raise ValueError(f"The provenance table has {len(provenance)} rows, but the codebook {count} prototypes.")
     unit = torch.nn.functional.normalize(tokens.detach().float().cpu(), dim=-1)
-    best = (unit @ codebook.unit_prototypes.cpu().T).max(dim=-1)
+    best = (unit @ codebook.unit_prototypes.cpu().T).topk(min(most, count), dim=-1)
+    built = codebook.built_with.get("model", {})
     explanations = []
-    for token, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
-        origin = provenance[row]
-        words = [origin[f"word_{k}"] for k in (1, 2, 3)]
-        position, grid = int(origin["position"]), grid_of(origin, codebook.built_with.get("model", {}))
-        explanations.append(Explanation(token, score, row, origin["image"], position, words, grid))
+    for token, (scores, rows) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+        ranked = []
+        for score, row in zip(scores, rows):
+            origin = provenance[row]
+            words, position = [origin[f"word_{k}"] for k in (1, 2, 3)], int(origin["position"])
+            ranked.append(Explanation(token, score, row, origin["image"], position, words, grid_of(origin, built)))
+        explanations.append(ranked)
     return explanations
 
 

@@ -1,0 +1,121 @@
+"""How the scenes testbed's model is trained: the tower from whole images, then projector and LoRA from answers alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..answering import answer
+from ..testbed import Stage
+from ..tokens import Visual
+from .language import add_lora, load_language_model, load_tokenizer, word_embeddings
+from .model import stock_llava
+from .projector import Targets, closed_form
+from .asking import SceneExample, draw_example
+from .running import run_steps
+from .tower import WORDS, Tower, close_ups, pixels_of, training_scenes
+
+
+STAGES = {
+    "llava": (
+        Stage("close", steps=1500, lr=1.5e-3, batch=64),
+        Stage("whole", steps=2400, lr=1e-3, batch=24),
+        Stage("answers", steps=600, lr=1.2e-3, batch=4),
+    )
+}
+PROJECTOR_RATE = 0.25  # of the stage's rate
+ASKED = 8  # questions of a scene in a step
+
+
+class ScenesTrainer:
+    """The stages one after the other; killed, it goes on from the last saved step.
+
+    Args:
+        family (`str`): llava.
+        seed (`int`): of the answers' data and of LoRA's start.
+        folder (`Path`): where logs and states go, `tower.safetensors`, and the trained parts (see [`parts`]).
+        stages (`Sequence[Stage]`): close, whole and answers.
+        line_break (`bool`): see [`projector.Targets`].
+    """
+
+    def __init__(self, family: str, seed: int, folder: Path, stages: Sequence[Stage], line_break: bool = True):
+        self.seed, self.folder, self.line_break = seed, folder, line_break
+        self.stages = {stage.name: stage for stage in stages}
+        self.spent = 0.0
+
+    def run(self) -> None:
+        began = time.process_time()
+        tokenizer = load_tokenizer()
+        language = load_language_model()
+        tower = Tower(word_embeddings(language, tokenizer, WORDS))
+        self.train_tower(tower)
+        self.train_answers(tower, language, tokenizer)
+        self.spent = time.process_time() - began
+
+    def train_tower(self, tower: Tower) -> None:
+        path = self.folder / "tower.safetensors"
+        if path.is_file():
+            tower.load_state_dict(load_file(path))
+            return
+        torch.manual_seed(0)
+        for number, (name, draw) in enumerate({"close": close_ups, "whole": training_scenes}.items()):
+            stage = self.stages[name]
+
+            def loss(step: int) -> dict[str, torch.Tensor | float]:
+                random = np.random.default_rng([1, number, step])
+                return tower.loss(draw(random, stage.batch), random)
+
+            weights = {stage.lr: list(tower.parameters())}
+            run_steps(name, weights, loss, stage.steps, self.folder, tower, decay=0.05)
+        save_file(tower.state_dict(), path)
+
+    def train_answers(self, tower: Tower, language: torch.nn.Module, tokenizer: object) -> None:
+        stage = self.stages["answers"]
+        tower.eval().requires_grad_(False)
+        projector = closed_form(tower, Targets(language, tokenizer, self.line_break))
+        model = stock_llava(tower.clip, projector, language, tokenizer).to(torch.bfloat16).requires_grad_(False)
+        del language
+        torch.manual_seed(self.seed)
+        lora = add_lora(model.model.language_model)
+        learnt = torch.nn.ModuleDict({"projector": projector, "lora": torch.nn.ParameterDict(by_position(lora))})
+
+        def loss(step: int) -> dict[str, torch.Tensor | float]:
+            batch = [lesson(self.seed, step * stage.batch + number) for number in range(stage.batch)]
+            with torch.no_grad():
+                seen = tower(pixels_of([example.scene.image for example in batch]))
+            tokens = projector(seen.features).to(model.dtype)
+            value, right, _ = answer(model, tokenizer, [[Visual(image)] for image in tokens], batch)
+            return {"loss": value, **{kind: hits.float().mean() for kind, hits in right.items()}}
+
+        projector.requires_grad_(True)
+        groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
+        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12)
+        save_parts(self.folder, tower, projector, lora)
+
+
+def by_position(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+    """Named as a module's parameters may be: without dots."""
+    return {name.replace(".", "/"): weight for name, weight in weights.items()}
+
+
+def lesson(seed: int, number: int) -> SceneExample:
+    """A training scene with as many questions as every other: one of each kind, and some more."""
+    example = draw_example(1000 + seed, "train", number)
+    random = np.random.default_rng([seed, number])
+    more = random.permutation(len(example.lessons))[: ASKED - len(example.questions)]
+    example.questions += [example.lessons[index] for index in more]
+    return example
+
+
+def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dict[str, torch.Tensor]) -> None:
+    """What is trained, in bfloat16: the vision side, and LoRA by PEFT's names."""
+    vision = {f"vision_tower.{name}": value for name, value in tower.clip.state_dict().items()}
+    vision |= {f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()}
+    for name, weights in {"vision": vision, "adapter_model": lora}.items():
+        rounded = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
+        save_file({key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors")

@@ -1,0 +1,178 @@
+"""The testbed of scenes: its splits, its questions, and that each part computes what the stock classes do."""
+
+import importlib.util
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from testbeds.scenes import asking, comparing, drawings, photos, placing, running, tower
+from testbeds.scenes.concepts import BACKGROUNDS, CONCEPTS, KIND_OF, LABELS, OUTDOORS, STYLES, WALLS, withheld_style
+from testbeds.scenes.language import add_lora, merge_lora
+from testbeds.scenes.projector import said_words
+from testbeds.scenes.splits import belongs, photo_columns
+from testbeds.testbed import SPLITS
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Plain squares for drawings and noise for photos: what a scene is made of, without what it is drawn with."""
+    random = np.random.default_rng(0)
+    square = np.full((64, 64, 4), 255, np.uint8)
+    everything = {(name, style): square for name in CONCEPTS for style in STYLES}
+    monkeypatch.setattr(drawings, "drawings", lambda: everything)
+    drawings.drawn.cache_clear()
+    noise = random.integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    monkeypatch.setattr(photos, "photo", lambda name: noise)
+    yield
+    drawings.drawn.cache_clear()
+
+
+def test_splits_share_no_composition_and_no_photo_column():
+    pairs = list(itertools.combinations(CONCEPTS[:40], 2))
+    owners = [[split for split in SPLITS if belongs(pair, split)] for pair in pairs]
+    assert all(len(owner) == 1 for owner in owners)
+    assert {split: owners.count([split]) > 30 for split in SPLITS} == dict.fromkeys(SPLITS, True)
+    assert all(belongs(pair, split) == belongs(pair[::-1], split) for pair in pairs[:50] for split in SPLITS)
+    columns = [photo_columns(split) for split in SPLITS]
+    assert columns[0][0] == 0 and columns[-1][1] == 1
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(columns))
+
+
+def test_a_withheld_drawing_is_in_no_training_scene(no_network, monkeypatch):
+    shown = []
+    monkeypatch.setattr(placing, "drawn", lambda name, style, *rest: shown.append((name, style)) or drawings.drawn(name, style, *rest))
+    for number in range(60):
+        asking.draw_example(3, "train", number)
+    usual = set(shown)
+    shown.clear()
+    for number in range(30):
+        asking.draw_example(3, "test", number, withheld=True)
+    assert set(shown) and not usual & set(shown)
+    assert all(withheld_style(name) == style for name, style in shown)
+    assert {withheld_style(name) for name in CONCEPTS} == {None, *STYLES}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_are_true_of_their_scene(no_network, split):
+    for number in range(40):
+        example = asking.draw_example(5, split, number)
+        again = asking.draw_example(5, split, number)
+        assert np.array_equal(example.images[0], again.images[0]) and example.questions == again.questions
+        scene, names = example.scene, [name for name, _, _ in example.scene.things]
+        assert belongs(names, split) and 1 <= len(names) <= 4
+        assert [kind for kind, _, _ in example.questions] == ["what", "exist", "count", "place", "which", "background"]
+        place = {name: (y, x) for name, y, x in scene.things}
+        for kind, question, answer in example.questions + example.lessons:
+            words = question.rstrip("?").split()
+            if kind == "what":
+                assert all(name in answer for name in names) and answer.count(" a") + 1 >= len(names)
+            elif kind == "exist":
+                assert answer == ("yes" if words[-1] in names else "no")
+            elif kind == "count":
+                counted = names if words[2] == "things" else [name for name in names if KIND_OF[name] + "s" == words[2]]
+                assert asking.NUMBERS.index(answer) == len(counted)
+            elif question.startswith("Where"):
+                y, x = place[words[-1]]
+                assert {"left": x < 84, "right": x > 84, "top": y < 84, "bottom": y > 84}[answer]
+            elif kind == "place":
+                side = [name for name, (_, x) in place.items() if (x < 84) == (words[-1] == "left")]
+                assert [answer.split()[-1]] == side
+            elif kind == "which":
+                assert [answer.split()[-1]] == [name for name in names if KIND_OF[name] == words[1]]
+            elif question.startswith("Is it"):
+                assert answer == ("yes" if scene.background in OUTDOORS else "no")
+            else:
+                assert scene.background in answer.split() and answer.endswith("wall") == (scene.background in WALLS)
+
+
+def test_labels_say_what_patches_show(no_network):
+    scene = asking.draw_example(5, "train", 1).scene
+    for name, y, x in scene.things:
+        assert LABELS[scene.label[int(y) // placing.PATCH, int(x) // placing.PATCH]] == name
+    assert ((scene.cover > 0.2) == (scene.label < len(CONCEPTS))).all()
+    assert {LABELS[label] for label in scene.label.flat if label >= len(CONCEPTS)} <= {scene.background, "clutter"}
+
+
+def test_the_oracle_begins_with_every_thing_and_the_background(no_network):
+    for number in range(20):
+        example = asking.draw_example(6, "test", number)
+        order, label = example.subjects()[0], example.scene.label
+        first = label.flat[np.argsort(-order, axis=None)[: len(example.scene.things) + 1]]
+        shown = {LABELS[index] for index in first}
+        assert {name for name, _, _ in example.scene.things} <= shown
+        behind = label[(order > 0) & (label >= len(CONCEPTS))]
+        assert set(behind) <= {LABELS.index(example.scene.background)}
+
+
+def test_looking_at_a_whole_image_is_what_the_stock_tower_computes():
+    torch.manual_seed(0)
+    looking = tower.Tower(torch.randn(len(tower.WORDS), 8)).eval()
+    pixels = torch.randn(2, 3, placing.SIDE, placing.SIDE)
+    with torch.no_grad():
+        seen, stock = looking(pixels), looking.clip(pixels, output_hidden_states=True)
+    torch.testing.assert_close(seen.features, stock.hidden_states[tower.FEATURE_LAYER][:, 1:])
+    summary = torch.nn.functional.normalize(looking.caption(stock.pooler_output), dim=-1)
+    torch.testing.assert_close(seen.summary, summary)
+
+
+def test_small_images_lie_somewhere_in_a_whole_one():
+    places = tower.draw_places(np.random.default_rng(0), 50, 3)
+    assert (places[:, 0] == 0).all() and places.shape == (50, 10)
+    rows, columns = (places[:, 1:] - 1) // placing.GRID, (places[:, 1:] - 1) % placing.GRID
+    assert ((rows[:, -1] - rows[:, 0]) == 2).all() and ((columns[:, -1] - columns[:, 0]) == 2).all()
+    assert rows.max() == columns.max() == placing.GRID - 1 and rows.min() == columns.min() == 0
+
+
+def test_a_patch_says_its_thing_or_else_its_background():
+    words = torch.full((1, 3, len(tower.WORDS)), -5.0)
+    words[0, 0, 7], words[0, 0, -1] = 1.0, 3.0  # a thing, whatever the background
+    words[0, 1, 7], words[0, 1, len(CONCEPTS) + 2] = -1.0, -2.0  # not likelier than not
+    words[0, 2, -1] = 4.0
+    assert said_words(words).tolist() == [[7, len(CONCEPTS) + 2, len(CONCEPTS) + len(BACKGROUNDS) - 1]]
+
+
+def test_merged_lora_is_what_was_learnt():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=20, head_dim=8
+    )
+    torch.manual_seed(0)
+    learning = LlamaForCausalLM(config).eval()
+    merged = LlamaForCausalLM(config).eval()
+    merged.load_state_dict(learning.state_dict())
+    weights = add_lora(learning.model)
+    assert len(weights) == 2 * 2 * 7
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.3)
+    merge_lora(merged, {name: weight.detach() for name, weight in weights.items()})
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, learning(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "SAVE_EVERY", 4)
+    monkeypatch.setattr(running, "LOG_EVERY", 2)
+
+    def learn(folder, stop=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+
+        def loss(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            return {"loss": (layer(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
+
+        running.run_steps("steps", {0.05: list(layer.parameters())}, loss, 10, folder, layer)
+        return layer.weight.detach()
+
+    whole = learn(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "killed", stop=6)
+    torch.testing.assert_close(learn(tmp_path / "killed"), whole)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10] and rows[-1]["loss"] < rows[0]["loss"]
