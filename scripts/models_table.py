@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from transformers_rbl.building.showing import why_not
 from transformers_rbl.integrations.vllm import ARCHITECTURES
 from transformers_rbl.models.families import FAMILIES
 from transformers_rbl.models.layout import NEWLINE
@@ -41,9 +42,14 @@ absent, and other families raise, naming these (`allow_untested=True` tries).
   tower.
 - **Video**: a budget for each frame (`per_frame=True`) or for the video; "frames as images": the processor hands frames
   over as images, and each has an image's budget.
-- **Row ends**: visual tokens that end rows, which `newlines=` is about. Marks in text are no visual tokens and stay.
+- **Row ends**: what ends a row of visual tokens, which `newlines=` is about: a learnt token, or a mark in text. `"row"`
+  drops those of rows from which nothing stays, `"last"` all but an image's last.
+- **`tiles="base"`**: an image in tiles comes with a thumbnail, and the tower may see it alone; blank where images have
+  no tiles. It raises where nothing tells which tile is the thumbnail.
 - **\\[cls\\]**: `score="cls_similarity_low"` and `"cls_similarity_high"` work on towers that have the token.
 - **Positions**: 1-D positions close up; with m-RoPE a token that stays keeps its time, row and column.
+- **Builder**: `rbl build` can probe it, on an image in one piece whose tokens lie in a grid.
+- **vLLM**: `vllm serve` takes its checkpoints as they are saved.
 - **Raises**: what the stock class answers wrongly or not at all, so that the pruned class refuses it in one sentence.
 
 Made by `python scripts/models_table.py` from `FAMILIES` and from what its models measure, with transformers {version};
@@ -53,7 +59,7 @@ the test suite compares this page with what the script gives.
 
 COLUMNS = (
     "model type", "class", "budget of", "known before encoding", "video", "row ends", '`tiles="base"`', "\\[cls\\]",
-    "positions", "vLLM", "raises",
+    "positions", "builder", "vLLM", "raises",
 )  # fmt: skip
 
 
@@ -77,7 +83,8 @@ def row(kit: Kit) -> list[str]:
     layouts = headless.layouts("image", **kit.case.visual([kit.one]))
     newlines = layouts is not None and any(bool((layout.kinds == NEWLINE).any()) for layout in layouts)
     has_tiles = layouts is not None and any(layout.has_tiles for layout in layouts)
-    together = has_tiles or family.runs
+    together = has_tiles or family.apart is not None
+    thumbnails = has_tiles or family.tile_length is not None
     units = len(kit.model(**kit.inputs(kit.one)).keep_masks)
     return [
         f"`{kit.name}`",
@@ -85,10 +92,11 @@ def row(kit: Kit) -> list[str]:
         "tile" if units > 1 else "image, its tiles together" if together else "image",
         yes(layouts is not None),
         video(kit),
-        yes(newlines),
-        yes(has_tiles),
+        "yes" if newlines else "in text" if family.row_marks else "",
+        "raises" if family.tiled else yes(thumbnails),
         yes(family.has_cls(headless)),
         "m-RoPE" if hasattr(headless, "get_rope_index") else "1-D",
+        yes(why_not(kit.model) is None),
         yes(kit.full.__name__ in ARCHITECTURES),
         "; ".join(family.refuses),
     ]

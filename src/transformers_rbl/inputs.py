@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .models.families import FAMILIES
 from .models.layout import VisualLayout
 from .models.modeling_rbl import run_lengths
 from .models.seam import ROLES, Call, Role
@@ -69,8 +70,11 @@ def inputs_with_features(model: Any, inputs: Mapping[str, Any], features: Any) -
 
 
 def image_runs(model: Any, input_ids: torch.Tensor) -> list[int]:
-    """Lengths of the runs of image placeholders in prompts `(batch, L)`, in order."""
-    return run_lengths(input_ids == model.config.image_token_id)
+    """Lengths of the runs of image placeholders in prompts `(batch, L)`, in order; of images, where marks between their
+    tiles tell (see [`Family`])."""
+    family = FAMILIES.get(model.config.model_type.removesuffix("_rbl"))
+    apart = None if family is None else family.apart
+    return run_lengths(input_ids == model.config.image_token_id, apart or 0)
 
 
 def layout_of(

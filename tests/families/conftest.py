@@ -141,7 +141,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kit]:
     def kit(name: str) -> Kit:
         case = CASES[name]
         if not case.installed:
-            pytest.skip(f"The installed transformers has no {name}.")
+            pytest.skip(f"The installed transformers has no {name}, or timm, which its tower needs, is not installed.")
         if name not in built:
             skip_if_refused(name)
             built[name] = Kit(case, case.build(tmp_path_factory.mktemp(name)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .tiny import EOS, PAD, SPECIAL, Case, Picture, Prompt
+from .tiny import BREAK, EOS, IMAGE, PAD, SPECIAL, Case, Picture, Prompt
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Oracle:
         return features
 
     @torch.no_grad()
-    def prepare(self, prompt: Prompt, ratio: float, first_turn: int | None = None) -> State:
+    def prepare(self, prompt: Prompt, ratio: float, first_turn: int | None = None, newlines: str = "all") -> State:
         """The compact prompt. What stands behind the `first_turn` positions was said later."""
         inputs = self.case.inputs([prompt])
         ids = inputs["input_ids"][0]
@@ -83,14 +83,20 @@ class Oracle:
             seen = used[item.modality]
             tokens = features[item.modality]["tokens"][seen : seen + len(item)]
             mask, number = self.keep(item, tokens, ratio), 0
-            for token in item.ids:
-                if token != item.placeholder:
+            stays_in_row = False
+            for column, token in enumerate(item.ids):
+                ends_row = token == BREAK and IMAGE == item.ids[column - 1] == item.ids[column + 1]
+                if ends_row and (newlines == "last" or (newlines == "row" and not stays_in_row)):
+                    stays_in_row = False
+                elif token != item.placeholder:
+                    stays_in_row = False
                     embeds.append(self._mark(token, features[item.modality]["output"]))
                     types.append(0)
                     places.append(place)
                 else:
                     if mask[number]:
-                        embeds.append(tokens[number])
+                        stays_in_row = True
+                        embeds.append(self._visual(tokens[number], token))
                         types.append(1 if item.modality == "image" else 2)
                         places.append(place)
                         layers.append([layer[seen + number] for layer in features[item.modality]["deepstack"]])
@@ -102,12 +108,21 @@ class Oracle:
             grids = {name: value for name, value in inputs.items() if name.endswith("grid_thw")}
             known = {"mm_token_type_ids": inputs["mm_token_type_ids"], "attention_mask": inputs["attention_mask"]}
             positions = self.stock.model.get_rope_index(inputs["input_ids"], **known, **grids)[0][:, :, places]
-        told = [int(first_turn is not None and place >= first_turn) for place in places]
+        if self.case.prefix:
+            told = [int(first_turn is not None and place >= first_turn) for place in places]
+        else:
+            told = inputs[self.case.types][0, places].tolist() if self.case.types else types
         return State(
             torch.stack(embeds)[None], ids[places][None], torch.tensor([types]),
-            torch.tensor([told if self.case.prefix else types]), places, positions,
+            torch.tensor([told]), places, positions,
             [torch.stack(layer) for layer in zip(*layers)],
         )  # fmt: skip
+
+    def _visual(self, feature: torch.Tensor, token: int) -> torch.Tensor:
+        """A visual token stands in place of its placeholder; Molmo 2 adds it to the placeholder's embedding."""
+        if self.case.model_type != "molmo2":
+            return feature
+        return feature + self.stock.get_input_embeddings()(torch.tensor(token))
 
     def _mark(self, token: int, output: Any) -> torch.Tensor:
         """A mark beside placeholders: text, but Ovis2 embeds it on the vision side."""
@@ -128,8 +143,12 @@ class Oracle:
         if self.case.types:
             arguments[self.case.types] = state.told
         if hasattr(self.stock.get_decoder(), "get_per_layer_inputs"):
-            ids = state.ids.masked_fill(state.types > 0, PAD)
-            arguments["per_layer_inputs"] = self.stock.get_decoder().get_per_layer_inputs(ids, None)
+            decoder = self.stock.get_decoder()
+            if self.case.model_type == "gemma3n":
+                arguments["per_layer_inputs"] = decoder.get_per_layer_inputs(state.ids)
+            else:
+                ids = state.ids.masked_fill(state.types > 0, PAD)
+                arguments["per_layer_inputs"] = decoder.get_per_layer_inputs(ids, None)
         return self.stock(inputs_embeds=state.embeds, use_cache=False, **arguments).logits[0]
 
     @torch.no_grad()
@@ -167,7 +186,14 @@ class Oracle:
 
 def _names(modality: str) -> tuple[str, ...]:
     if modality == "video":
-        return ("pixel_values_videos", "video_grid_thw")
+        return (
+            "pixel_values_videos",
+            "video_grid_thw",
+            "video_position_ids",
+            "num_frames_per_video",
+            "video_token_pooling",
+            "video_grids",
+        )
     return (
         "pixel_values",
         "image_grid_thw",
@@ -175,4 +201,6 @@ def _names(modality: str) -> tuple[str, ...]:
         "pixel_attention_mask",
         "spatial_shapes",
         "image_position_ids",
+        "image_token_pooling",
+        "image_grids",
     )

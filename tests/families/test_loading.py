@@ -146,7 +146,8 @@ def test_tiles_of_one_image_share_its_budget_where_the_prompt_shows_them(kit: Ki
         kept = [int(mask.sum()) - len(picture.ends) for mask in masks]
         assert kept == [max(1, round(RATIO * part)) for part in picture.parts]
     rows, columns = kit.case.sizes[0]
-    tiles = rows * columns if kit.model.family.runs else len(picture.parts)
+    shared = kit.model.family.apart is not None and kit.model.model.layouts(**kit.case.visual([kit.one])) is None
+    tiles = rows * columns if shared else len(picture.parts)
     assert len(alone.keep_masks) == len(alone.pooler_output) == tiles
 
 

@@ -6,7 +6,7 @@ A `Case` is what a family needs: a config, and how one image (and one video) of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import is_timm_available
 
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, BREAK, VIDEO_START, VIDEO_END = range(10)
@@ -38,6 +39,7 @@ class Picture:
         ends (`frozenset[int]`): which of its visual tokens are row ends, counted from its first.
         modality (`str`): `"image"` or `"video"`.
         placeholder (`int`): the id that stands for a visual token.
+        typed_marks (`bool`): token types count its marks as image.
     """
 
     ids: list[int]
@@ -46,6 +48,7 @@ class Picture:
     ends: frozenset[int] = frozenset()
     modality: str = "image"
     placeholder: int = IMAGE
+    typed_marks: bool = False
 
     def __len__(self) -> int:
         return self.ids.count(self.placeholder)
@@ -67,8 +70,10 @@ class Case:
         types (`str`, *optional*): the argument that tells images from text.
         prefix (`bool`): what it tells is a first turn (0) from what follows (1), images or not.
         joined_by_prompt (`bool`): tensors have one row per prompt, not per image.
+        points (`dict[str, str]`): tensors that hold places among all patches of another, negative where there is none.
         fill (`dict`): what pads tensors to one shape, where it is not zero.
         video (`Callable`, *optional*): `(frames, size, draw) -> Picture`.
+        timm (`bool`): its tower comes from that library.
         core (`bool`): in the default run; the others are marked slow.
     """
 
@@ -79,13 +84,15 @@ class Case:
     types: str | None = None
     prefix: bool = False
     joined_by_prompt: bool = False
+    points: dict[str, str] = field(default_factory=dict)
     fill: dict[str, float] = field(default_factory=dict)
     video: Callable[[int, Size, Draw], Picture] | None = None
+    timm: bool = False
     core: bool = False
 
     @property
     def installed(self) -> bool:
-        return self.model_type in CONFIG_MAPPING
+        return self.model_type in CONFIG_MAPPING and (not self.timm or is_timm_available())
 
     @property
     def stock(self) -> type:
@@ -140,6 +147,13 @@ class Case:
         return self._cat([tensors for row in rows for tensors in row])
 
     def _cat(self, tensors: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        for name, pixels in self.points.items():
+            move, moved = 0, []
+            for item in tensors:
+                own = {name: item[name].where(item[name] < 0, item[name] + move)} if name in item else {}
+                move += item[pixels].shape[0] * item[pixels].shape[1] if own else 0
+                moved.append({**item, **own})
+            tensors = moved
         names = dict.fromkeys(name for item in tensors for name in item)
         return {name: self._padded_cat(name, [item[name] for item in tensors if name in item]) for name in names}
 
@@ -171,6 +185,8 @@ def _types(item: list[int] | Picture) -> list[int]:
     if not isinstance(item, Picture):
         return [0] * len(item)
     kind = 1 if item.modality == "image" else 2
+    if item.typed_marks:
+        return [1 if token in (item.placeholder, *MARKS) else 0 for token in item.ids]
     return [kind if token == item.placeholder else 0 for token in item.ids]
 
 
@@ -178,15 +194,16 @@ def _types(item: list[int] | Picture) -> list[int]:
 
 
 def tiles(tokens: int, side: int, shared: bool = False, marks: tuple[list[int], list[int]] = ([START], [END]),
-          between: list[int] | None = None) -> Callable[[Size, Draw], Picture]:  # fmt: skip
-    """Images of `rows * columns` tiles; each tile has a budget, or all share one. `between` are marks in text before
-    each tile."""
+          between: Sequence[int] = (), between_two: Sequence[int] = (), after: Sequence[int] = ()
+          ) -> Callable[[Size, Draw], Picture]:  # fmt: skip
+    """Images of `rows * columns` tiles; each tile has a budget, or all share one. Marks in text stand before each tile
+    (`between`), between any two, or after each."""
 
     def image(size: Size, draw: Draw) -> Picture:
         count = size[0] * size[1]
-        tile = [*(between or []), *[IMAGE] * tokens]
+        tile = [*between, *[IMAGE] * tokens, *after]
         return Picture(
-            [*marks[0], *tile * count, *marks[1]],
+            [*marks[0], *tile, *[*between_two, *tile] * (count - 1), *marks[1]],
             {"pixel_values": draw(count, 3, side, side)},
             [tokens * count] if shared else [tokens] * count,
         )
@@ -292,6 +309,67 @@ def pooled(size: Size, draw: Draw) -> Picture:
         "image_position_ids": torch.stack([x.flatten(), y.flatten()], -1)[None],
     }
     return Picture([START, *[IMAGE] * (rows * columns), END], tensors, [rows * columns])
+
+
+def frames_of_pooled(frames: int, size: Size, draw: Draw) -> Picture:
+    """Gemma 4's: frames behind timestamps."""
+    images = [pooled(size, draw).tensors for _ in range(frames)]
+    tokens = size[0] * size[1]
+    ids = [token for n in range(frames) for token in (FIRST_WORD + n, START, *[VIDEO] * tokens, END)]
+    tensors = {
+        "pixel_values_videos": torch.cat([image["pixel_values"] for image in images]),
+        "video_position_ids": torch.cat([image["image_position_ids"] for image in images]),
+        "num_frames_per_video": torch.tensor([frames]),
+    }
+    return Picture(ids, tensors, [frames * tokens], frozenset(), "video", VIDEO)
+
+
+def overlapping_crops(size: Size, draw: Draw) -> Picture:
+    """Molmo 2's: a thumbnail of 2 x 2 tokens, then one grid over two crops; rows end with marks in text. A token pools
+    up to four patches, fewer at the edge."""
+    rows, columns = size
+    grid = torch.arange(2 * rows * 2 * columns).view(2 * rows, 2 * columns) % 32 + 16
+    windows = grid.view(rows, 2, columns, 2).transpose(1, 2).reshape(rows * columns, 4).clone()
+    windows[-1, 2:] = -1
+    low = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    tensors = {
+        "pixel_values": draw(3, 16, 3 * 7 * 7),
+        "image_token_pooling": torch.cat([low, windows]),
+        "image_grids": torch.tensor([[2, 2, rows, columns]]),
+    }
+    base, high = [*[IMAGE] * 2, BREAK] * 2, [*[IMAGE] * columns, BREAK] * rows
+    return Picture([START, *base, END, START, *high, END], tensors, [4 + rows * columns], typed_marks=True)
+
+
+def crops_of_frames(frames: int, size: Size, draw: Draw) -> Picture:
+    """Molmo 2's: each frame is one crop between marks, behind a timestamp."""
+    low = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    tensors = {
+        "pixel_values_videos": draw(frames, 16, 3 * 7 * 7),
+        "video_token_pooling": torch.cat([low + 16 * frame for frame in range(frames)]),
+        "video_grids": torch.tensor([[frames, 2, 2]]),
+    }
+    ids = [token for n in range(frames) for token in (FIRST_WORD + n, START, *[IMAGE] * 4, END)]
+    return Picture(ids, tensors, [4 * frames], frozenset(), "video", IMAGE, typed_marks=True)
+
+
+def thumbnail_and_tiles(size: Size, draw: Draw) -> Picture:
+    """Perception LM's: all images of a call have as many tiles, the thumbnail first, side by side in the prompt."""
+    tiles = 1 + size[0] * size[1]
+    return Picture([IMAGE] * (4 * tiles), {"pixel_values": draw(1, tiles, 3, 28, 28)}, [4 * tiles])
+
+
+def moonvit_video(frames: int, size: Size, draw: Draw) -> Picture:
+    """Kimi's: chunks of up to four frames, each averaged over time to one grid, behind timestamps."""
+    rows, columns = size
+    chunks = [2] * (frames // 2) + [1] * (frames % 2)
+    tokens, patches = rows * columns, rows * columns * 4
+    tensors = {
+        "pixel_values_videos": draw(frames * patches, 3, 7, 7),
+        "video_grid_thw": torch.tensor([[chunk, 2 * rows, 2 * columns] for chunk in chunks]),
+    }
+    ids = [token for n in range(len(chunks)) for token in (FIRST_WORD + n, START, *[VIDEO] * tokens, END)]
+    return Picture(ids, tensors, [tokens] * len(chunks), frozenset(), "video", VIDEO)
 
 
 def moonvit(size: Size, draw: Draw) -> Picture:
@@ -427,7 +505,8 @@ CASES: dict[str, Case] = {
                                       num_kv_shared_layers=0, use_bidirectional_attention="vision",
                                       layer_types=["sliding_attention", "full_attention"] * 2),
                     **IMAGE_ID),
-            pooled, ((3, 4), (4, 2), (2, 3)), types="mm_token_type_ids", fill={"image_position_ids": -1},
+            pooled, ((3, 4), (4, 2), (2, 3)), types="mm_token_type_ids",
+            fill={"image_position_ids": -1, "video_position_ids": -1}, video=frames_of_pooled,
         ),
         Case(
             "paligemma",
@@ -455,7 +534,7 @@ CASES: dict[str, Case] = {
             _config("Cohere2VisionConfig", vision_config=SIGLIP, downsample_factor=2, alignment_intermediate_size=64,
                     text_config=_text("Cohere2Config", sliding_window=32),
                     **IMAGE_ID | dict(tie_word_embeddings=True)),
-            tiles(16, 56, between=[BREAK]), TILES,
+            tiles(16, 56, shared=True, after=[BREAK]), TILES,
         ),
         Case(
             "vipllava",
@@ -493,7 +572,7 @@ CASES: dict[str, Case] = {
             _config("Ovis2Config", vision_config=TOWER | dict(vocab_size=40, hidden_stride=2), hidden_size=WIDTH,
                     text_config=_text("Qwen2Config"), visual_indicator_token_ids=list(MARKS), vocab_size=VOCABULARY,
                     **IMAGE_ID),
-            tiles(16, 56, between=[BREAK]), TILES,
+            tiles(16, 56, shared=True, between_two=[BREAK]), TILES,
         ),
         Case(
             "kimi_k25",
@@ -505,7 +584,53 @@ CASES: dict[str, Case] = {
                                       n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
                                       qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4),
                     **IMAGE_ID),
-            moonvit,
+            moonvit, video=moonvit_video,
+        ),
+        Case(
+            "molmo2",
+            _config("Molmo2Config", image_patch_id=IMAGE, image_start_token_id=START, image_end_token_id=END,
+                    low_res_image_start_token_id=START, frame_start_token_id=START, frame_end_token_id=END,
+                    vision_config=dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
+                                       num_attention_heads=4, num_key_value_heads=4, head_dim=8, patch_size=7,
+                                       image_size=[28, 28]),
+                    adapter_config=dict(vision_feature_layer=[1, 0], hidden_size=WIDTH, num_attention_heads=4,
+                                        num_key_value_heads=4, head_dim=8, intermediate_size=64,
+                                        text_hidden_size=WIDTH),
+                    text_config=_text("Molmo2TextConfig", additional_vocab_size=0), tie_word_embeddings=False),
+            overlapping_crops, ((3, 4), (2, 3), (2, 2)), types="mm_token_type_ids",
+            points={"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"},
+            video=crops_of_frames,
+        ),
+        Case(
+            "gemma3n",
+            _config("Gemma3nConfig", image_token_id=IMAGE, audio_token_id=11, boi_token_id=START, eoi_token_id=END,
+                    vision_soft_tokens_per_image=4, tie_word_embeddings=False,
+                    vision_config=dict(architecture="test_convnext", hidden_size=64, vocab_size=8,
+                                       vocab_offset=VOCABULARY, do_pooling=False),
+                    audio_config=dict(hidden_size=WIDTH, conf_num_hidden_layers=1, vocab_size=8,
+                                      vocab_offset=VOCABULARY + 8, conf_num_attention_heads=4),
+                    text_config=_text("Gemma3nTextConfig", sliding_window=24, hidden_size_per_layer_input=8,
+                                      vocab_size_per_layer_input=VOCABULARY, laurel_rank=4, altup_num_inputs=2,
+                                      num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3,
+                                      layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+            tiles(4, 64), ONE_TILE, types="token_type_ids", timm=True,
+        ),
+        Case(
+            "fast_vlm",
+            _config("FastVlmConfig", text_config=_text("Qwen2Config"), **OLD_IMAGE_ID,
+                    vision_config=dict(model_type="timm_wrapper", architecture="test_convnext", hidden_size=64,
+                                       do_pooling=False)),
+            tiles(4, 64), ONE_TILE, timm=True,
+        ),
+        Case(
+            "perception_lm",
+            _config("PerceptionLMConfig", text_config=_text("LlamaConfig"), video_token_id=VIDEO,
+                    projector_pooling_ratio=2, vision_use_cls_token=True, **IMAGE_ID,
+                    vision_config=dict(model_type="timm_wrapper", architecture="vit_pe_core_large_patch14_336",
+                                       model_args=dict(embed_dim=WIDTH, img_size=[28, 28], patch_size=7, depth=2,
+                                                       num_heads=4, mlp_ratio=2, global_pool="", init_values=0.1,
+                                                       ref_feat_shape=(2, 2), use_post_transformer_norm=False))),
+            thumbnail_and_tiles, ((1, 2), (1, 2), (1, 2)), timm=True,
         ),
         Case(
             "qwen2_vl",

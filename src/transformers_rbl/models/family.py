@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .layout import VisualLayout
-from .seam import TOKENS, TYPES, VIEWS, Call
+from .layout import BASE, PATCH, VisualLayout
+from .seam import PIXELS, TOKENS, TYPES, VIEWS, Call
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # What a stock class answers wrongly, or not at all: keys of `Family.refuses`.
-CHUNKS, UNTYPED = "`prefill_chunk_size`", "no `token_type_ids`"
+CHUNKS, UNTYPED, VIDEOS = "`prefill_chunk_size`", "no `token_type_ids`", "videos"
 COPIES = "beams or `num_return_sequences` over several images of one prompt, or a video"
 Arguments = dict[str, Any]  # of `get_image_features` or `get_video_features`, by their stock names
 
@@ -37,7 +37,11 @@ class Family:
         units (`Callable`, *optional*): `(config, length)` gives the lengths of the images or tiles that stock joins in
             one entry of `pooler_output`.
         mrope (`bool`): positions say where a token lies in its image.
-        runs (`bool`): the tiles of an image stand side by side in the prompt, so that they share its budget there.
+        apart (`int`, *optional*): this many marks stand between the tiles of an image in the prompt, and more between
+            images, so that its tiles share its budget there. None where it does not tell.
+        tile_length (`Callable`, *optional*): visual tokens of one tile, given the config.
+        thumbnail (`int`): which of an image's tiles is the thumbnail, where there are several and the prompt tells them.
+        row_marks (`bool`): rows of an image end with a mark in text, which follows `newlines=`.
         tiled (`bool`): images come in tiles and nothing tells which is the thumbnail: `tiles="base"` is refused.
         video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
         refuses (`dict[str, str]`): what the stock class answers wrongly, and why; ours raises.
@@ -48,7 +52,10 @@ class Family:
     stacked: bool = False
     units: Callable[[PreTrainedConfig, int], list[int]] | None = None
     mrope: bool = False
-    runs: bool = False
+    apart: int | None = None
+    tile_length: Callable[[PreTrainedConfig], int] | None = None
+    thumbnail: int = -1
+    row_marks: bool = False
     tiled: bool = False
     video_as_image: bool = False
     refuses: dict[str, str] = field(default_factory=dict)
@@ -56,6 +63,31 @@ class Family:
     def layouts(self, model: Any, modality: str, arguments: Arguments) -> list[VisualLayout] | None:
         """Per image or video, before anything is encoded; None where a family knows its layout only afterwards."""
         return None
+
+    def layouts_in_prompt(self, model: Any, modality: str, arguments: Arguments, runs: list[list[int]] | None
+                          ) -> list[VisualLayout] | None:  # fmt: skip
+        """Per image or video where the prompt tells which tiles are one image; `runs` as for `grouped`.
+
+        Raises:
+            ValueError: if nothing tells.
+        """
+        layouts = self.layouts(model, modality, arguments)
+        if layouts is not None or self.tile_length is None:
+            return layouts
+        length, tiles = self.tile_length(model.config), len(arguments[PIXELS[modality]])
+        images = next((run for run in runs or () if sum(run) == tiles * length), None)
+        if images is None or any(image % length for image in images):
+            raise ValueError(
+                f"Only the prompt tells which tile of a {self.model_type} image is the thumbnail: tiles='base' needs "
+                "forward or generate, and a prompt with a placeholder for every visual token."
+            )
+        layouts = []
+        for count in images:
+            kinds = torch.full((count,), PATCH).split(length)
+            if len(kinds) > 1:
+                kinds[self.thumbnail].fill_(BASE)
+            layouts.append(VisualLayout(torch.cat(kinds)))
+        return layouts
 
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
@@ -73,12 +105,25 @@ class Family:
             return entries
         return [part for entry in entries for part in entry.split(self.units(config, len(entry)))]
 
-    def grouped(self, entries: list[torch.Tensor], runs: list[list[int]] | None) -> list[torch.Tensor]:
-        """Tiles that stand side by side in the prompt, joined to images. Each of `runs` is the lengths of runs of
-        placeholders (of the whole prompt, of what a cache does not hold); those that the entries fill are theirs."""
+    def grouped(
+        self,
+        entries: list[torch.Tensor],
+        runs: list[list[int]] | None,
+        layouts: list[VisualLayout] | None = None,
+    ) -> list[torch.Tensor]:
+        """Tiles joined to images, by their layouts or by where they stand in the prompt.
+
+        Args:
+            entries (`list[torch.Tensor]`): `(L, d)` each.
+            runs (`list[list[int]]`, *optional*): lengths of runs of placeholders, of the whole prompt and of what a
+                cache does not hold; those that the entries fill are theirs.
+            layouts (`list[VisualLayout]`, *optional*): of the images.
+        """
         lengths = [len(entry) for entry in entries]
-        theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None)
-        if not self.runs or theirs is None:
+        theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None) if self.apart is not None else None
+        if layouts is not None and len(layouts) < len(entries):
+            theirs = [len(layout) for layout in layouts]
+        if theirs is None:
             return entries
         ends = set(accumulate(theirs))
         images: list[list[torch.Tensor]] = [[]]
@@ -92,9 +137,14 @@ class Family:
         """Whether stock cannot take these arguments as they are, pruned or not."""
         return False
 
-    def encode_base(self, model: Any, arguments: Arguments) -> Any:
+    def encode_base(self, model: Any, arguments: Arguments, layouts: list[VisualLayout]) -> Any:
         """Features of the base images alone; only families with tiles are asked."""
-        raise NotImplementedError(f"{self.model_type} has no base images.")
+        if self.tile_length is None:
+            raise NotImplementedError(f"{self.model_type} has no base images.")
+        pixels, length = arguments[PIXELS["image"]], self.tile_length(model.config)
+        tiles = pixels.split([len(layout) // length for layout in layouts])
+        thumbnails = torch.stack([image[self.thumbnail] for image in tiles])
+        return self.encode(model, "image", {**arguments, PIXELS["image"]: thumbnails})
 
     def cls_similarity(
         self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
@@ -123,6 +173,8 @@ class Family:
 
     def check_call(self, call: Call) -> None:
         """Refuse a prompt with images that the stock class would read in another way once it is pruned."""
+        if VIDEOS in self.refuses and "video" in call.pixels:
+            raise ValueError(f"Videos of {self.model_type} models cannot be pruned: {self.refuses[VIDEOS]}.")
         if UNTYPED in self.refuses and (call.pixels or call.features) and "token_type_ids" not in call.along:
             raise ValueError(
                 f"token_type_ids is missing: {self.refuses[UNTYPED]}. Pass everything that the processor returns."

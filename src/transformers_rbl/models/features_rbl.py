@@ -111,15 +111,19 @@ class RBLModelMixin(RBLMixin):
         return_dict = arguments.pop("return_dict", None)
         if len(arguments[PIXELS[modality]]) == 0:
             raise ValueError(f"{PIXELS[modality]} holds no {modality}: leave it out.")
-        layouts = self.layouts(modality, **arguments)
+        if pruning is not None and pruning.tiles == "base":
+            layouts = self.family.layouts_in_prompt(self, modality, arguments, runs)
+        else:
+            layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
         with stock_alone(self):
             if base_alone:
-                outputs = self.family.encode_base(self, arguments)
+                outputs = self.family.encode_base(self, arguments, layouts or [])
             else:
                 outputs = self.family.encode(self, modality, arguments)
         if pruning is not None:
-            outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs)
+            if not base_alone:
+                outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)
             self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -147,9 +151,10 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs)
+        layouts = self.layouts(**arguments)
+        pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs, layouts)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
-        self._prune("image", pruned, self.layouts(**arguments), pruning, arguments, tower_outputs=hidden)
+        self._prune("image", pruned, layouts, pruning, arguments, tower_outputs=hidden)
         return pruned
 
     def scorer_inputs(

@@ -58,7 +58,7 @@ class LlavaFamily(Family):
         # Where a family down-samples its grid, interpolation leaves labels a rounding error away from whole numbers.
         return [VisualLayout(kinds[:, 0].round().long(), grid=shape) for kinds, shape in zip(packed, shapes)]
 
-    def encode_base(self, model: Any, arguments: Arguments) -> Any:
+    def encode_base(self, model: Any, arguments: Arguments, layouts: list[VisualLayout]) -> Any:
         """By the code of LLaVA-1.5, which has no tiles."""
         from transformers import LlavaModel  # late: importing this library imports no model's file
 

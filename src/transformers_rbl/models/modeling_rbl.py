@@ -156,6 +156,8 @@ class RBLMixin(LoadingMixin):
         if past.memory is not None:
             past.memory.check(len(call.prompt))
         slots, dropped = self._dropped(features, call)
+        if self.family.row_marks:
+            dropped = dropped | self._dropped_row_marks(slots, dropped, features, pruning)
         masks = {key: features[m][key] for m, key in MASKS.items() if key in features.get(m, {})}
         plan, prompt_mask = None, torch.ones_like(dropped)
         own_positions = call.position_ids is not None and call.position_ids.ndim == 3
@@ -201,7 +203,8 @@ class RBLMixin(LoadingMixin):
                 raise ValueError(f"Give either {PIXELS[modality]} or mm_encoder_outputs for the {modality}s, not both.")
             arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
             slots = self.placeholders(modality, call)
-            runs = [run_lengths(slots), run_lengths(slots[:, seen:])] if self.family.runs else None
+            apart = self.family.apart
+            runs = None if apart is None else [run_lengths(part, apart) for part in (slots, slots[:, seen:])]
             features[modality] = self.base_model.features(modality, arguments, pruning, runs)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features
@@ -232,6 +235,27 @@ class RBLMixin(LoadingMixin):
                 check_placeholders(slots[modality], [len(mask) for mask in masks], modality)
                 dropped[slots[modality]] = ~torch.cat(list(masks)).to(dropped.device)
         return slots, dropped
+
+    def _dropped_row_marks(
+        self,
+        slots: dict[str, torch.Tensor],
+        dropped: torch.Tensor,
+        features: dict[str, Any],
+        pruning: PruningConfig | None,
+    ) -> torch.Tensor:
+        """`(batch, L)` bool: row ends written as text that leave with their rows, by `newlines` of the settings."""
+        settings, marks = self.active_pruning(pruning), torch.zeros_like(dropped)
+        if settings is None or settings.newlines == "all":
+            return marks
+        for modality, key in MASKS.items():
+            if masks := features.get(modality, {}).get(key):
+                placed = slots[modality]
+                images = torch.zeros_like(placed, dtype=torch.long)
+                lengths = torch.tensor([len(mask) for mask in masks], device=placed.device)
+                images[placed] = torch.arange(len(masks), device=placed.device).repeat_interleave(lengths)
+                kept = placed & ~dropped
+                marks |= row_marks(placed, images) if settings.newlines == "last" else empty_rows(placed, images, kept)
+        return marks
 
     def _compact(self, call: Call, plan: PromptPlan) -> None:
         """Take dropped placeholders out of everything in the call that runs along the prompt."""
@@ -266,11 +290,29 @@ class RBLMixin(LoadingMixin):
         return pruning is not None and pruning.enabled and not self.config.full_length_logits
 
 
-def run_lengths(slots: torch.Tensor) -> list[int]:
-    """Lengths of the runs of True in each row of `slots` `(batch, L)`, in order."""
-    padded = torch.nn.functional.pad(slots.long(), (1, 1))
-    changes = padded.diff(dim=1)
-    return ((changes == -1).nonzero()[:, 1] - (changes == 1).nonzero()[:, 1]).tolist()
+def run_lengths(slots: torch.Tensor, apart: int = 0) -> list[int]:
+    """Numbers of True in the runs of each row of `slots` `(batch, L)`, in order. A run goes on behind `apart` False."""
+    padded = torch.nn.functional.pad(slots, (apart + 1, 0))
+    before = padded.unfold(1, apart + 1, 1)[:, :-1].any(-1)
+    run = (slots & ~before).flatten().cumsum(0)
+    return torch.bincount(run[slots.flatten()])[1:].tolist()
+
+
+def row_marks(slots: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`(batch, L)` bool: single tokens between two placeholders `slots` of one image, whose number is in `images`."""
+    marks = torch.zeros_like(slots)
+    same = images[:, :-2] == images[:, 2:]
+    marks[:, 1:-1] = ~slots[:, 1:-1] & slots[:, :-2] & slots[:, 2:] & same
+    return marks
+
+
+def empty_rows(slots: torch.Tensor, images: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Those of `row_marks` before which no placeholder of their row is `kept` `(batch, L)`."""
+    starts = slots & ~torch.nn.functional.pad(slots, (1, 0))[:, :-1]
+    row = starts.cumsum(1)  # of a mark, the row before it
+    count = torch.zeros(len(row), row.shape[1] + 1, dtype=torch.long, device=row.device)
+    count.scatter_add_(1, row, kept.long())
+    return row_marks(slots, images) & (count.gather(1, row) == 0)
 
 
 def spans(columns: torch.Tensor, lengths: list[int], seen: int, modality: str) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -412,7 +412,8 @@ def read_by_stock(features: Any) -> Any:
             f"The visual features of {installed()} come with {', '.join(unknown)}, and this version of transformers_rbl"
             " does not know whether that goes with the tokens: upgrade it, or switch pruning off."
         )
-    return type(features)(**{name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features})
+    needed = {part.name: None for part in fields(features) if part.default is MISSING}  # timm's output has one
+    return type(features)(**needed | {name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features})
 
 
 def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tensor | None:
