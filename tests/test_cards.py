@@ -53,3 +53,23 @@ def test_the_snippet_runs(family, tmp_path, setting):
     exec(snippet, names)
     assert type(names["model"]) is family.rbl_class
     assert names["model"].pruning == PruningConfig(keep_ratio=setting.get("recommended_keep_ratio", 0.2))
+
+
+def test_a_saved_models_folder_says_which_import_is_missing(family, pruned, tmp_path):
+    """Loaded by a stranger, it is of a model type that transformers does not know."""
+    pruned.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "import transformers_rbl  #" in card and "with_code=True" in card and family.name in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    family.processor.save_pretrained(tmp_path)
+    names = {}
+    exec(snippet.replace(f"path/to/{tmp_path.name}", str(tmp_path)), names)
+    assert names["model"].pruning == pruned.pruning
+    (tmp_path / "README.md").write_text("mine")
+    pruned.save_pretrained(tmp_path, with_code=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_headless_model_says_nothing_that_is_not_so(pruned, tmp_path):
+    pruned.model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()  # the card's snippet loads full models

@@ -1,10 +1,12 @@
 """Contract 11: bad input gets a sentence."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from conftest import GREEDY, visual
-from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl import LlavaForConditionalGenerationRBL, PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.models.layout import VisualLayout
 
 
@@ -46,6 +48,67 @@ def test_a_codebook_without_any_setting_says_that_pruning_is_off(family, caplog)
     model = family.pruned(keep_ratio=None)
     transformers.utils.logging.disable_propagation()
     assert model.pruning is None and "pruning stays off" in caplog.text
+
+
+def test_a_model_with_neither_codebook_nor_setting_says_once_that_pruning_is_off(family, caplog):
+    import transformers
+
+    transformers.utils.logging.warning_once.cache_clear()
+    transformers.utils.logging.enable_propagation()
+    try:
+        for _ in range(2):
+            assert family.pruned(codebook=None, keep_ratio=None).pruning is None
+        family.pruned(codebook=None, keep_ratio=None, pruning={"enabled": False})
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert caplog.text.count("pruning is off") == 1
+
+
+def test_a_tensor_is_a_codebook(family, one):
+    model = family.pruned(codebook=family.codebook.prototypes)
+    assert torch.equal(model.generate(**one, **GREEDY), family.pruned().generate(**one, **GREEDY))
+    with pytest.raises(ValueError, match=r"prototypes \(n, d\).*got \(32,\)"):
+        family.pruned(codebook=family.codebook.prototypes[0])
+    with pytest.raises(ValueError, match="codebook_revision belongs to a codebook from the Hub"):
+        family.pruned(codebook=family.codebook.prototypes, codebook_revision="main")
+
+
+def test_what_is_taken_for_a_codebook_and_is_none(family, pruned, tmp_path):
+    torch.save(family.codebook.prototypes, tmp_path / "authors.pt")
+    pruned.save_pretrained(tmp_path / "model")
+    (tmp_path / "preset").mkdir()
+    (tmp_path / "preset" / "recipe.yaml").write_text("num_images: 3\n")
+    for name, words in {
+        "authors.pt": r"authors\.pt is a file of torch\.save: `rbl convert .*authors\.pt FOLDER`",
+        "model": "is a model, and its codebook is inside it: load the model",
+        "preset": "holds the recipe of a codebook.*`rbl build --recipe preset",
+        "nothing": "no folder with a codebook, nor a Hub id .*holds model, preset",
+    }.items():
+        with pytest.raises(OSError, match=words) as error:
+            family.pruned(codebook=tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="is a model without a codebook: build one"):
+        family.pruned(codebook=family.folder)
+
+
+@pytest.mark.parametrize("name", ["./missing", "a/b/c", "book.pt", "tests/missing", "missing/"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.file_download._get_metadata_or_catch_error", asked)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for load in (rbl_class, RedundancyCodebook.from_pretrained, LlavaForConditionalGenerationRBL.from_pretrained):
+        with pytest.raises(OSError, match="nor a Hub id"):
+            load(name)
+
+
+@pytest.mark.parametrize("setting", [{"keep_ratio": 0.2}, {"threshold": 0.5}, {"score": "random"}])
+def test_settings_of_a_call_go_into_pruning(pruned, one, setting):
+    """Stock `forward` takes any keyword, and would not read these."""
+    for call in (pruned, pruned.generate):
+        with pytest.raises(ValueError, match=rf"go into pruning=PruningConfig\({next(iter(setting))}=…\)"):
+            call(**one, **setting)
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])

@@ -30,6 +30,7 @@ def model_card(
         `huggingface_hub.ModelCard`, with YAML metadata.
     """
     base, pruning, codebook = model.config.base_model, model.pruning, model.base_model.codebook
+    model_type = model.config.model_type
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -72,13 +73,19 @@ sees only the visual tokens that say something: tokens that look like a prototyp
 """
     if with_code:
         text += f"""
-Without the package, by the code in this repository:
+Without `import transformers_rbl` and without the package, by the code in this repository:
 
 ```python
 from transformers import AutoModelForImageTextToText
 
 model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
+"""
+    else:
+        text += f"""
+Without `import transformers_rbl`, transformers says that it does not recognize the model type `{model_type}`. For
+machines without the package, save or push the model with `with_code=True`, and load it there with
+`trust_remote_code=True`.
 """
     return ModelCard(text)
 

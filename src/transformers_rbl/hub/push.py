@@ -37,6 +37,7 @@ def push_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size, with_code=with_code)
         if processor is not None:
             processor.save_pretrained(folder)
+        Path(folder, "README.md").unlink(missing_ok=True)  # of a folder; the repository's names the repository
         if not api.file_exists(repo_id, "README.md", revision=revision):
             model_card(model, repo_id, with_code=with_code, license=license, tags=tags).save(Path(folder, "README.md"))
         return api.upload_folder(

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from .families import FAMILIES
+from .names import check_folder
 from .seam import warn_if_untested
 
 
@@ -60,10 +61,12 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
         kwargs: as in `AutoConfig.from_pretrained` (`revision`, `token`, `cache_dir`, `local_files_only`).
 
     Raises:
+        OSError: if there is no such checkpoint.
         ValueError: for a checkpoint of a family that pruning does not know.
     """
     from transformers import AutoConfig
 
+    check_folder(pretrained_model_name_or_path, "a checkpoint")
     model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
     try:
         return family_class(model_type, allow_untested)

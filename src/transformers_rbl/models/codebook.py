@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .merging import Choice, nearest_merging
+from .names import check_folder, hub_words, why_no_codebook
 from .pruning import PruningConfig, select_tokens
 from .scorers import BUILT_IN, score_images, score_tokens
 
@@ -199,16 +205,19 @@ class RedundancyCodebook(nn.Module):
                     f"{name} has no {filename}: a codebook's repository holds {CARD_NAME} and {WEIGHTS_NAME}. A "
                     "model's repository holds its codebook inside: load the model."
                 ) from error
+            except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+                raise OSError(hub_words(error, name if revision is None else f"{name} at {revision}")) from error
 
-        if not os.path.isdir(name) and (os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~"))):
-            raise OSError(f"{name} is no folder with a codebook ({CARD_NAME} and {WEIGHTS_NAME}), nor a Hub id.")
+        if os.path.isfile(name):
+            raise OSError(why_no_codebook(name))
+        check_folder(pretrained_model_name_or_path, "a codebook")
         return cls._read(find(CARD_NAME), find(WEIGHTS_NAME))
 
     @classmethod
     def _read(cls, card_file: Path, weights_file: Path) -> RedundancyCodebook:
         for file in (card_file, weights_file):
             if not file.is_file():
-                raise OSError(f"{file} is missing: a codebook folder holds {CARD_NAME} and {WEIGHTS_NAME}.")
+                raise OSError(why_no_codebook(file.parent))
         try:
             card = json.loads(card_file.read_text(encoding="utf-8"))
             shape = (card.pop("num_prototypes"), card.pop("width"))

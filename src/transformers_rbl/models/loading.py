@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .codebook import RedundancyCodebook, library
 from .family import Family
+from .names import check_folder
 from .pruning import PruningConfig
 
 
@@ -57,7 +58,7 @@ class LoadingMixin(Mixed):
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        codebook: RedundancyCodebook | str | os.PathLike | None = None,
+        codebook: RedundancyCodebook | torch.Tensor | str | os.PathLike | None = None,
         keep_ratio: float | None = None,
         threshold: float | None = None,
         pruning: PruningConfig | dict | None = None,
@@ -69,10 +70,11 @@ class LoadingMixin(Mixed):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): as in transformers.
-            codebook ([`RedundancyCodebook`], `str` or `os.PathLike`, *optional*): the object, a folder or a Hub id;
-                replaces the checkpoint's own.
+            codebook ([`RedundancyCodebook`], `torch.Tensor`, `str` or `os.PathLike`, *optional*): the object, its
+                prototypes `(n, d)`, a folder or a Hub id; replaces the checkpoint's own.
             keep_ratio, threshold (`float`, *optional*): one of them, in place of all saved settings. Without either, a
-                new codebook's recommended setting is used (its keep ratio first).
+                new codebook's recommended setting is used (its keep ratio first). With neither setting nor codebook,
+                pruning is off, which a warning says once.
             pruning ([`PruningConfig`] or `dict`, *optional*): all settings at once, in place of
                 `keep_ratio`/`threshold`.
             check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
@@ -81,6 +83,7 @@ class LoadingMixin(Mixed):
                 `force_download` hold for the codebook too.
 
         Raises:
+            OSError: if there is no such checkpoint or codebook.
             ValueError: for settings or a codebook that do not fit, and if the checkpoint lacks a weight that the
                 forward pass reads (transformers would fill it with random numbers).
         """
@@ -88,6 +91,10 @@ class LoadingMixin(Mixed):
             pruning = PruningConfig(keep_ratio=keep_ratio, threshold=threshold)
         elif keep_ratio is not None or threshold is not None:
             raise ValueError("Give either pruning=PruningConfig(…) or keep_ratio=/threshold=, not both.")
+        if pretrained_model_name_or_path is not None:
+            check_folder(pretrained_model_name_or_path, "a checkpoint")
+        if isinstance(codebook, torch.Tensor):
+            codebook = RedundancyCodebook(codebook)
         if codebook is not None and not isinstance(codebook, RedundancyCodebook):
             names = ("token", "cache_dir", "local_files_only", "force_download")
             shared = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -138,6 +145,11 @@ class LoadingMixin(Mixed):
                         "The codebook recommends no setting and none was given, so pruning stays off: pass "
                         "keep_ratio=, threshold= or pruning=, here or per call."
                     )
+        elif self.base_model.codebook is None and pruning is None and self.config.pruning is None:
+            logger.warning_once(
+                "This model has neither a codebook nor a setting, so pruning is off and it answers as the stock model "
+                "does: pass codebook= and keep_ratio=, or pruning=, here or per call."
+            )
         if (codebook := codebook or resident(self.base_model.codebook)) is not None:
             self.set_codebook(codebook)
         if pruning is not None:
@@ -205,7 +217,7 @@ class LoadingMixin(Mixed):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any
     ) -> None:
-        """As in transformers: weights, codebook and settings.
+        """As in transformers: weights, codebook and settings, and a card where the folder has none.
 
         Args:
             save_directory (`str` or `os.PathLike`): made if missing.
@@ -220,6 +232,19 @@ class LoadingMixin(Mixed):
         super().save_pretrained(save_directory, *args, **kwargs)
         if with_code:
             copy_code(self.full, save_directory)
+        if kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub", False):  # the Hub may have a card
+            self._write_card(Path(save_directory), with_code)
+
+    def _write_card(self, folder: Path, with_code: bool) -> None:
+        """Whoever finds the folder learns from it which import its Auto classes need."""
+        readme = folder / "README.md"
+        if not isinstance(self, self.full) or readme.exists():
+            return
+        try:
+            cards = library("hub.cards", "The card")
+        except ImportError:
+            return  # these files came with a checkpoint, whose own card said it
+        cards.model_card(self, f"path/to/{folder.resolve().name}", with_code=with_code).save(readme)
 
     def push_to_hub(
         self,

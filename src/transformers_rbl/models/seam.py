@@ -70,6 +70,9 @@ class Role(Enum):
     REFUSED = "describes the unpruned prompt, and cannot be followed"
 
 
+# Arguments of our `from_pretrained`, and of `PruningConfig`: no stock method has one of these names.
+SETTINGS = ("codebook", "keep_ratio", "threshold", "score", "min_tokens", "newlines", "tiles", "per_frame")
+
 # What runs along the prompt, and what stands at padding.
 TYPES = "mm_token_type_ids"
 # Stock's function for positions in images (m-RoPE), and its method that joins a user's processors with its own.
@@ -273,8 +276,15 @@ class Call:
         """Sort arguments by role. Those that are None count as not given, but for settings (`eos_token_id=None`).
 
         Raises:
-            ValueError: for one thing under two names.
+            ValueError: for one thing under two names, and for a setting of pruning outside `pruning=`, which stock
+                would not read.
         """
+        if misplaced := [name for name in SETTINGS if name in arguments]:
+            given = ", ".join(f"{name}=…" for name in misplaced)
+            raise ValueError(
+                f"Settings of one call go into pruning=PruningConfig({given}); {', '.join(misplaced)} by itself is an "
+                "argument of from_pretrained."
+            )
         call = cls()
         single = {
             Role.IDS: "input_ids",
