@@ -27,7 +27,7 @@ from transformers_rbl.evaluation.plots import plot_accuracy, plot_frames, plot_k
 from transformers_rbl.evaluation.questions import Question
 from transformers_rbl.evaluation.timing import compare_prefills
 from transformers_rbl.models.layout import NEWLINE
-from transformers_rbl.models.scorers import SCORERS
+from transformers_rbl.models.scorers import SCORERS, chooses
 from transformers_rbl.wording import describe_pruning
 
 
@@ -94,7 +94,9 @@ def test_one_pass_gives_what_each_rule_gives_by_itself(family, pruned, questions
     """Answers equal those of plain `generate` calls; the vision tower runs once a question."""
     encoded = []
     hook = pruned.model.vision_tower.register_forward_pre_hook(lambda *_: encoded.append(1))
-    results, references = evaluate(pruned, family.processor, questions, RULES, ["exact"], max_new_tokens=5)
+    peers = [PruningConfig(keep_ratio=0.3, score="visionzip"), PruningConfig(keep_ratio=0.3, score="cdpruner")]
+    rules = [*RULES[:-1], *peers, PruningConfig(keep_ratio=0.3, merge="nearest"), RULES[-1]]
+    results, references = evaluate(pruned, family.processor, questions, rules, ["exact"], max_new_tokens=5)
     hook.remove()
     assert len(encoded) == len(questions) and references == [["x"], ["y"], ["z", "w"]]
     assert [result.name for result in results][:2] == ["unpruned", "cosine, keep_ratio 0.3"]
@@ -102,7 +104,7 @@ def test_one_pass_gives_what_each_rule_gives_by_itself(family, pruned, questions
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
         text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = family.inputs([text], question.images)
-        for result, rule in zip(results, (OFF, *RULES)):
+        for result, rule in zip(results, (OFF, *rules)):
             kwargs = {"max_new_tokens": 5, "do_sample": False, "pruning": rule}
             ids = pruned.generate(**inputs, **kwargs)[:, inputs.input_ids.shape[1] :]
             assert result.answers[number] == family.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
@@ -158,7 +160,7 @@ def test_a_threshold_for_a_retention_is_checked_on_other_images():
         threshold_for(scores[:1], 0.5)
 
 
-@pytest.mark.parametrize("score", sorted({*SCORERS} - {"random"}))
+@pytest.mark.parametrize("score", sorted({name for name in SCORERS if not chooses(name)} - {"random", "cdpruner"}))
 def test_scores_of_images_are_those_that_pruning_uses(family, pruned, score):
     images = family.images(3)
     if score.startswith("cls_similarity") and family.name == "llava_onevision":
@@ -181,6 +183,8 @@ def test_a_score_that_cannot_be_calibrated_is_refused_before_the_model_runs(fami
 
     bare = family.rbl_class.from_pretrained(family.folder).eval()
     refused(pruned, "random", "the retention itself is its threshold")
+    refused(pruned, "cdpruner", "reads the question")
+    refused(pruned, "tome", "has no threshold")
     refused(pruned, "luck", "score must be one of")
     refused(bare, "softmax", "this model has none: give codebook=")
     if family.name == "llava_onevision":

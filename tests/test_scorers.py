@@ -12,10 +12,11 @@ from transformers_rbl.models.codebook import keep_mask
 from transformers_rbl.models.layout import NEWLINE
 from transformers_rbl.models.merging import Choice
 from transformers_rbl.models.pruning import select_tokens
-from transformers_rbl.models.scorers import SCORERS, score_tokens
+from transformers_rbl.models.scorers import SCORERS, chooses, score_tokens
 
 
 ALL = sorted(SCORERS)
+RANKED = [name for name in ALL if not chooses(name)]
 WITHOUT_CODEBOOK = [name for name in ALL if not PruningConfig(keep_ratio=0.5, score=name).needs_codebook]
 
 
@@ -26,14 +27,17 @@ def given():
     tokens = torch.randn(40, 12, generator=generator)
     book = RedundancyCodebook(torch.randn(6, 12, generator=generator))
     similarity = torch.rand(40, generator=generator)
-    return {"tokens": tokens, "codebook": book, "cls_similarity": similarity}
+    attention, keys = torch.rand(40, generator=generator).softmax(0), torch.randn(40, 2, 5, generator=generator)
+    question = torch.randn(7, 12, generator=generator)
+    own = {"cls_similarity": similarity, "cls_attention": attention, "tower_keys": keys, "question": question}
+    return {"tokens": tokens, "codebook": book, **own}
 
 
 def scores(name, given, **changes):
     given = {**given, **changes}
     prototypes = given["codebook"].unit_prototypes
-    rest = {"cls_similarity": given["cls_similarity"], "seed": given.get("seed", 0), "frame": given.get("frame", 0)}
-    return score_tokens(name, tokens=given["tokens"], unit_prototypes=prototypes, **rest)
+    rest = {"seed": 0, "frame": 0, **{key: value for key, value in given.items() if key != "codebook"}}
+    return score_tokens(name, unit_prototypes=prototypes, **rest)
 
 
 def mask(name, given, **changes):
@@ -42,8 +46,42 @@ def mask(name, given, **changes):
     return keep_mask(given.pop("tokens"), settings, **given)
 
 
+def of_length(count, given):
+    """The first tokens alone, with what belongs to them."""
+    return {name: given[name][:count] for name in ("tokens", "cls_similarity", "cls_attention", "tower_keys")}
+
+
 @pytest.mark.parametrize("name", ALL)
 class TestEveryScorer:
+    @pytest.mark.parametrize("ratio", [0.01, 0.11, 0.5, 0.975, 1.0])
+    def test_a_ratio_keeps_exactly_that_many(self, name, given, ratio):
+        kept = mask(name, given, keep_ratio=ratio)
+        assert kept.dtype == torch.bool and kept.sum() == kept_token_count(40, ratio)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_same_call_keeps_the_same_and_autocast_changes_nothing(self, name, given, dtype):
+        tokens = given["tokens"].to(dtype)
+        first = mask(name, given, tokens=tokens)
+        assert torch.equal(first, mask(name, given, tokens=tokens.float()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(first, mask(name, given, tokens=tokens))
+
+    def test_the_order_and_length_of_prototypes_and_tokens_change_nothing(self, name, given):
+        kept = mask(name, given)
+        shuffled = RedundancyCodebook(given["codebook"].prototypes[[3, 0, 5, 1, 4, 2]] * 64)
+        assert torch.equal(mask(name, given, codebook=shuffled, tokens=given["tokens"] * 128), kept)
+
+    def test_no_tokens_and_one_token(self, name, given):
+        assert mask(name, given, **of_length(0, given)).shape == (0,)
+        assert mask(name, given, **of_length(1, given)).tolist() == [True]
+
+    def test_what_it_needs_is_named(self, name):
+        with pytest.raises(ValueError, match=f"score='{name}' needs"):
+            score_tokens(name)
+
+
+@pytest.mark.parametrize("name", RANKED)
+class TestEveryScorerThatRanks:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_one_float32_score_a_token(self, name, given, dtype):
         result = scores(name, given, tokens=given["tokens"].to(dtype))
@@ -56,18 +94,15 @@ class TestEveryScorer:
             assert torch.equal(first, scores(name, given))
 
     @pytest.mark.parametrize("ratio", [0.01, 0.11, 0.5, 0.975, 1.0])
-    def test_a_ratio_keeps_exactly_that_many_of_the_lowest(self, name, given, ratio):
+    def test_a_ratio_keeps_the_lowest(self, name, given, ratio):
         kept = mask(name, given, keep_ratio=ratio)
-        assert kept.dtype == torch.bool and kept.sum() == kept_token_count(40, ratio)
         result = scores(name, given)
         assert kept.all() or result[kept].max() <= result[~kept].min()
 
     def test_a_threshold_cuts_the_same_ranking(self, name, given):
         result = scores(name, given)
         cut = float(result.sort().values[12])
-        kept = keep_mask(
-            given["tokens"], PruningConfig(threshold=cut, score=name), given["codebook"], given["cls_similarity"]
-        )
+        kept = keep_mask(pruning=PruningConfig(threshold=cut, score=name), **given)
         assert torch.equal(kept, result < cut) and kept.sum() == 12
 
     def test_fewer_tokens_are_a_subset_of_more(self, name, given):
@@ -85,20 +120,9 @@ class TestEveryScorer:
         torch.testing.assert_close(changed, scores(name, given))
 
     def test_equal_tokens_tie_and_the_earlier_stays(self, name, given):
-        same = {"tokens": given["tokens"][:1].expand(8, -1), "cls_similarity": torch.full((8,), 0.5)}
+        same = {key: value[:1].expand(8, *value.shape[1:]) for key, value in of_length(1, given).items()}
         if name != "random":
             assert mask(name, given, **same, keep_ratio=0.5).tolist() == [True] * 4 + [False] * 4
-
-    def test_no_tokens_and_one_token(self, name, given):
-        empty = mask(name, given, tokens=given["tokens"][:0], cls_similarity=given["cls_similarity"][:0])
-        assert empty.shape == (0,)
-        assert mask(name, given, tokens=given["tokens"][:1], cls_similarity=given["cls_similarity"][:1]).tolist() == [
-            True
-        ]
-
-    def test_what_it_needs_is_named(self, name):
-        with pytest.raises(ValueError, match=f"score='{name}' needs"):
-            score_tokens(name)
 
 
 def test_softmax_scores_are_the_formulas(given):
@@ -210,7 +234,7 @@ def test_names_that_clash_and_needs_that_nothing_meets_are_refused(register):
 def test_models_prune_by_every_scorer(family, pruned, batch, name):
     """Kept counts are exact, a batch equals single, and what comes out is what stayed."""
     settings = PruningConfig(keep_ratio=0.3, score=name)
-    if name.startswith("cls") and family.name == "llava_onevision":
+    if name.startswith("cls_similarity") and family.name == "llava_onevision":
         with pytest.raises(ValueError, match=r"\[cls\] token.*siglip"):
             pruned(**batch, pruning=settings)
         return
@@ -232,7 +256,7 @@ def test_models_prune_by_every_scorer(family, pruned, batch, name):
 def test_baselines_need_no_codebook(family, one, name):
     settings = PruningConfig(keep_ratio=0.3, score=name)
     model = family.rbl_class.from_pretrained(family.folder, pruning=settings).eval()
-    if name.startswith("cls") and family.name == "llava_onevision":
+    if name.startswith("cls_similarity") and family.name == "llava_onevision":
         return
     assert not model(**one).prompt_mask.all() and model.codebook is None
     with pytest.raises(ValueError, match="no codebook"):

@@ -74,6 +74,10 @@ def test_settings_whose_count_depends_on_the_image_are_refused_with_the_way_out(
     assert "rbl calibrate" in message and "--hf-overrides" in message and "image_embeds" in message
     assert 'newlines="last"' not in message and 'newlines="row"' in refusal(config, keep_ratio=0.2, newlines="row")
     assert "[cls]" in refusal(config, keep_ratio=0.2, score="cls_similarity_low")
+    for score in ("cls_attention", "scope", "vispruner"):
+        assert "needs cls_attention of the vision tower" in refusal(config, keep_ratio=0.2, score=score)
+    assert "reads the question" in refusal(config, keep_ratio=0.2, score="cdpruner")
+    assert "this engine's plugin does not" in refusal(config, keep_ratio=0.2, score="tome")
     assert "this engine's plugin does not" in refusal(config, keep_ratio=0.2, merge="nearest")
     assert "Unknown pruning setting" in refusal(config, keep_ratio=0.2, colour="red")
     config.num_prototypes = None

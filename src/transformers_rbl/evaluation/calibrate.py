@@ -72,18 +72,17 @@ def image_scores(
     for image in images:
         inputs = prompt_inputs(processor, Question([image], "What is shown?", []), "", model.device, model.dtype)
         arguments, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
-        outputs = headless.get_image_features(**arguments, pruning=OFF, return_dict=True)
+        tower = headless.family.tower_arguments(rule)
+        outputs = headless.get_image_features(**arguments, **tower, pruning=OFF, return_dict=True)
         family = headless.family
         entries = family.grouped(family.split(headless.config, list(outputs[TOKENS])), [runs])
         layouts = headless.layouts(**arguments) or [VisualLayout.of_patches(len(tokens)) for tokens in entries]
-        similarities: list[torch.Tensor | None] = [None] * len(entries)
-        if rule.needs_cls_similarity:
-            similarities = list(family.cls_similarity(headless, "image", outputs, arguments, False))
+        needs = headless.scorer_inputs("image", outputs, rule, arguments, list(map(len, layouts)))
         parts = []
-        for tokens, layout, similarity in zip(entries, layouts, similarities, strict=True):
+        for tokens, layout, own in zip(entries, layouts, needs, strict=True):
             scored = layout.scored(rule).to(tokens.device)
-            similarity = None if similarity is None else similarity.to(tokens.device)[scored]
-            parts.append(_scores(headless.codebook, tokens[scored], rule, similarity))
+            own = {name: value.to(tokens.device)[scored] for name, value in own.items()}
+            parts.append(_scores(headless.codebook, tokens[scored], rule, own))
         scores.append(torch.cat(parts).cpu())
     return scores
 
@@ -92,6 +91,8 @@ def _check_scored(headless: RBLModelMixin, rule: PruningConfig) -> None:
     """Before any image is encoded."""
     if rule.score == "random":
         raise ValueError("score='random' is uniform in [0, 1): the retention itself is its threshold.")
+    if rule.needs_question:
+        raise ValueError(f"score={rule.score!r} reads the question: a threshold for all questions means nothing to it.")
     if rule.needs_codebook and headless.codebook is None:
         raise ValueError(f"score={rule.score!r} compares with a codebook, and this model has none: give codebook=.")
     if rule.needs_cls_similarity and not headless.has_cls:
@@ -99,11 +100,14 @@ def _check_scored(headless: RBLModelMixin, rule: PruningConfig) -> None:
 
 
 def _scores(
-    codebook: RedundancyCodebook | None, tokens: torch.Tensor, rule: PruningConfig, similarity: torch.Tensor | None
+    codebook: RedundancyCodebook | None, tokens: torch.Tensor, rule: PruningConfig, own: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     if codebook is not None and rule.needs_codebook:
-        return codebook.score(tokens, rule.score, cls_similarity=similarity)
-    return score_tokens(rule.score, tokens=tokens, cls_similarity=similarity)
+        scores = codebook.score(tokens, rule.score, **own)
+    else:
+        scores = score_tokens(rule.score, tokens=tokens, **own)
+    assert isinstance(scores, torch.Tensor)  # a rule that chooses has no threshold, as PruningConfig says
+    return scores
 
 
 def mean_retention(scores: Sequence[torch.Tensor], threshold: float, min_tokens: int = 1) -> float:

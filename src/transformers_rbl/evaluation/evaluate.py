@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from ..inputs import image_arguments, image_runs, inputs_with_features
 from ..models.generation_rbl import RBLGenerationMixin
 from ..models.pruning import PruningConfig
-from ..models.seam import MASKS
+from ..models.seam import MASKS, Call
 from ..prompts import prompt_text
 from ..wording import describe_pruning
 from .metrics import METRICS
@@ -68,11 +68,13 @@ def evaluate(
             raise ValueError(f"The question {question.text!r} has no answer to compare with.")
         inputs = prompt_inputs(processor, question, suffix, model.device, model.dtype)
         images, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
-        encoded = model.get_image_features(**images, pruning=OFF, return_dict=True)
+        tower = {name: value for rule in rules for name, value in model.family.tower_arguments(rule).items()}
+        encoded = model.get_image_features(**images, **tower, pruning=OFF, return_dict=True)
+        texts = model.prompt_texts("image", Call.read(dict(inputs)))
         references.append(question.answers)
         totals.append(sum(runs))
         for place, rule in enumerate(every_rule):
-            features = model.model.prune_image_features(encoded, rule, [runs], **images)
+            features = model.model.prune_image_features(encoded, rule, [runs], texts, **images)
             masks = features.get(MASKS["image"])
             kept[place].append(totals[-1] if masks is None else sum(int(mask.sum()) for mask in masks))
             prompt = inputs_with_features(model, inputs, features)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .layout import BASE, PATCH, VisualLayout
+from .pruning import PruningConfig
 from .seam import PIXELS, TOKENS, TYPES, VIEWS, Call
 
 
@@ -153,6 +154,20 @@ class Family:
         raise ValueError(
             "score='cls_similarity_low' and 'cls_similarity_high' need a vision tower with a [cls] token, and that of "
             f"{self.model_type} has none or does not hand it out: choose another score."
+        )
+
+    def tower_arguments(self, pruning: PruningConfig) -> Arguments:
+        """What stock is asked for besides, so that [`~Family.tower_values`] finds what the rule needs."""
+        return {}
+
+    def tower_values(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool, names: list[str]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Per image what `names` say of the vision tower: `cls_attention` `(L,)`, `tower_keys` `(L, heads, h)`, in
+        float32, see [`~transformers_rbl.models.scorers.SCORERS`]; row ends are 0."""
+        raise ValueError(
+            f"{' and '.join(names)} of the vision tower cannot be had with {self.model_type} models: its tokens are "
+            "not one to one with visual tokens, or its layers are not known here. Choose another score."
         )
 
     def has_cls(self, model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class RBLModelMixin(RBLMixin):
         arguments: dict[str, Any],
         pruning: PruningConfig | dict | None,
         runs: list[list[int]] | None = None,
+        texts: list[tuple[int, torch.Tensor]] | None = None,
     ) -> Any:
         """Encode images or videos and keep what the settings keep.
 
@@ -100,6 +102,8 @@ class RBLModelMixin(RBLMixin):
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
             runs (`list[list[int]]`, *optional*): lengths of runs of placeholders, where that tells which tiles are one
                 image: of the whole prompt, and of what a cache does not hold of it.
+            texts (`list[tuple[int, torch.Tensor]]`, *optional*): per prompt, for scorers that read the question, see
+                [`~RBLMixin.prompt_texts`].
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
@@ -116,6 +120,8 @@ class RBLModelMixin(RBLMixin):
         else:
             layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
+        if pruning is not None:
+            arguments = {**arguments, **self.family.tower_arguments(pruning)}
         with stock_alone(self):
             if base_alone:
                 outputs = self.family.encode_base(self, arguments, layouts or [])
@@ -124,7 +130,7 @@ class RBLModelMixin(RBLMixin):
         if pruning is not None:
             if not base_alone:
                 outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)
-            self._prune(modality, outputs, layouts, pruning, arguments, base_alone)
+            self._prune(modality, outputs, layouts, pruning, arguments, base_alone, texts=texts)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -133,15 +139,19 @@ class RBLModelMixin(RBLMixin):
         outputs: Any,
         pruning: PruningConfig | dict | None = None,
         runs: list[list[int]] | None = None,
+        texts: list[tuple[int, torch.Tensor]] | None = None,
         **arguments: Any,
     ) -> Any:
         """Prune features that were encoded without pruning: several settings on one pass of the vision tower.
 
         Args:
-            outputs (`BaseModelOutputWithPooling`): of `get_image_features(…, pruning=PruningConfig(enabled=False))`.
+            outputs (`BaseModelOutputWithPooling`): of `get_image_features(…, pruning=PruningConfig(enabled=False))`;
+                with `output_hidden_states=True` too, where a rule reads the tower's attention.
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
             runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
                 tiles are one image, see [`Family.grouped`].
+            texts (`list[tuple[int, torch.Tensor]]`, *optional*): of the prompt, where a rule reads the question, see
+                [`~RBLMixin.prompt_texts`].
             arguments: the other arguments of that call, `pixel_values` included.
 
         Returns:
@@ -154,7 +164,7 @@ class RBLModelMixin(RBLMixin):
         layouts = self.layouts(**arguments)
         pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs, layouts)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
-        self._prune("image", pruned, layouts, pruning, arguments, tower_outputs=hidden)
+        self._prune("image", pruned, layouts, pruning, arguments, tower_outputs=hidden, texts=texts)
         return pruned
 
     def scorer_inputs(
@@ -163,23 +173,41 @@ class RBLModelMixin(RBLMixin):
         outputs: Any,
         pruning: PruningConfig,
         arguments: dict[str, Any],
-        count: int,
+        lengths: list[int],
         base_alone: bool = False,
+        texts: list[tuple[int, torch.Tensor]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        """What the scorer needs beside the tokens, per image or video: `(L, ...)` each, row ends among them.
+        """What the scorer needs beside the tokens, per image or video: `(L, ...)` each, row ends among them, and the
+        question `(m, d)`.
 
         Args:
             modality (`str`): `"image"` or `"video"`.
             outputs: encoded features that hold the tower's hidden states.
             pruning (`PruningConfig`): whose scorer.
             arguments (`dict[str, Any]`): of the stock method.
-            count (`int`): of images or videos.
+            lengths (`list[int]`): visual tokens of each image or video in the prompt.
             base_alone (`bool`): whether the base images alone were encoded.
+            texts (`list[tuple[int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
 
         Raises:
-            ValueError: if the family or its vision tower has nothing of the kind.
+            ValueError: if the family or its vision tower has nothing of the kind, or there is no question.
         """
-        inputs: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+        inputs: list[dict[str, torch.Tensor]] = [{} for _ in lengths]
+        if names := [name for name in pruning.needs_of_tower if name != "cls_similarity"]:
+            try:
+                inputs = self.family.tower_values(self, modality, outputs, arguments, base_alone, names)
+            except ValueError as error:
+                raise ValueError(f"score={pruning.score!r}: {error}") from error
+        if pruning.needs_question:
+            if texts is None:
+                raise ValueError(
+                    f"score={pruning.score!r} reads the question, and features that are encoded apart from a prompt "
+                    "have none: choose another score, or pass pixel_values to forward or generate."
+                )
+            ends, starts = list(accumulate(count for count, _ in texts)), accumulate(lengths, initial=0)
+            for image, start in zip(inputs, starts):
+                row = next((row for row, end in enumerate(ends) if start < end), len(ends) - 1)
+                image["question"] = texts[row][1]
         if pruning.needs_cls_similarity:
             values = self.family.cls_similarity(self, modality, outputs, arguments, base_alone)
             for image, value in zip(inputs, values, strict=True):
@@ -195,6 +223,7 @@ class RBLModelMixin(RBLMixin):
         arguments: dict[str, Any],
         base_alone: bool = False,
         tower_outputs: Any = None,
+        texts: list[tuple[int, torch.Tensor]] | None = None,
     ) -> None:
         """Take redundant tokens out of encoded features, in place.
 
@@ -202,12 +231,14 @@ class RBLModelMixin(RBLMixin):
             outputs: features with a list of tokens per image; those of the base images alone with `base_alone`.
             layouts (`list[VisualLayout]`, *optional*): per image; by default images are patches and nothing else.
             tower_outputs: the output that holds the tower's hidden states, by default `outputs`.
+            texts (`list[tuple[int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
         """
         images = outputs[TOKENS]
         if layouts is None:
             layouts = [VisualLayout.of_patches(len(tokens)) for tokens in images]
         states = outputs if tower_outputs is None else tower_outputs
-        needs = self.scorer_inputs(modality, states, pruning, arguments, len(images), base_alone)
+        lengths = [len(layout) for layout in layouts]
+        needs = self.scorer_inputs(modality, states, pruning, arguments, lengths, base_alone, texts)
         parts = []
         for tokens, layout, inputs in zip(images, layouts, needs, strict=True):
             if not base_alone and len(tokens) != len(layout):
@@ -218,7 +249,10 @@ class RBLModelMixin(RBLMixin):
             if not base_alone:
                 scored = layout.scored(pruning)
                 tokens = tokens[scored.to(tokens.device)]
-                inputs = {name: value[scored.to(value.device)] for name, value in inputs.items()}
+                inputs = {
+                    name: value if name == "question" else value[scored.to(value.device)]
+                    for name, value in inputs.items()
+                }
             parts.append(layout.parts(tokens, pruning, **inputs))
         chosen = iter(choose([part for image in parts for part in image], pruning, self.codebook))
         choices = [[next(chosen) for _ in image] for image in parts]

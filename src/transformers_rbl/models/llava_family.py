@@ -11,7 +11,9 @@ import torch
 
 from .family import Arguments, Family, grid_side
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
+from .pruning import PruningConfig
 from .seam import PIXELS, TOKENS
+from .tower import queries_and_keys, received_attention
 
 
 if TYPE_CHECKING:
@@ -75,10 +77,48 @@ class LlavaFamily(Family):
         self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
     ) -> list[torch.Tensor]:
         similarity = self._cls_cosines(model, outputs, arguments)
-        if not base_alone:
-            parts = list(similarity.split(self.tiles(model, arguments)))
-            similarity = self.pack(model, parts, similarity.new_zeros(1), arguments)
-        return [row[:, 0] for row in similarity]
+        return [values[:, 0] for values in self.laid_out(model, modality, similarity, arguments, base_alone)]
+
+    def tower_arguments(self, pruning: PruningConfig) -> Arguments:
+        needs_attention = any(name != "cls_similarity" for name in pruning.needs_of_tower)
+        return {"output_hidden_states": True} if needs_attention else {}
+
+    def tower_values(
+        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool, names: list[str]
+    ) -> list[dict[str, torch.Tensor]]:
+        if self._any_shape(model, arguments):
+            return super().tower_values(model, modality, outputs, arguments, base_alone, names)
+        given = arguments.get("vision_feature_layer")
+        layers = layer_list(model.config.vision_feature_layer if given is None else given)
+        depth = model.config.vision_config.num_hidden_layers
+        last = max(layers, key=lambda layer: layer if layer >= 0 else depth + 1 + layer)  # of several, the deepest
+        try:
+            queries, keys = queries_and_keys(model.vision_tower, outputs.hidden_states, last)
+        except ValueError as error:
+            raise ValueError(
+                f"{' and '.join(names)} cannot be had with this {self.model_type} model: {error}."
+            ) from error
+        images: list[dict[str, torch.Tensor]] = []
+        for name in names:
+            values = keys if name == "tower_keys" else received_attention(queries, keys, model.has_cls)[..., None]
+            if self.strategy(model, arguments) == "default":
+                values = values[:, 1:]
+            shape = values.shape[2:]
+            laid_out = self.laid_out(model, modality, values.flatten(2), arguments, base_alone)
+            images = images or [{} for _ in laid_out]
+            for image, own in zip(images, laid_out, strict=True):
+                image[name] = own.view(-1, *shape) if name == "tower_keys" else own[:, 0]
+        return images
+
+    def laid_out(
+        self, model: Any, modality: str, values: torch.Tensor, arguments: Arguments, base_alone: bool
+    ) -> list[torch.Tensor]:
+        """Values of the tower's tokens `(tiles or frames, tokens, c)` as its visual tokens lie: per image or video
+        `(L, c)`, 0 at row ends."""
+        if base_alone:
+            return list(values)
+        tiles = list(values.split(self.tiles(model, arguments)))
+        return list(self.pack(model, tiles, values.new_zeros(values.shape[-1]), arguments))
 
     def has_cls(self, model: Any) -> bool:
         names = [name for name, _ in model.vision_tower.named_parameters()]
@@ -194,14 +234,14 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         outputs[TOKENS] = [torch.cat([tokens, newline]) for tokens in outputs[TOKENS][0, :-1].split(lengths)]
         return outputs
 
-    def cls_similarity(
-        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    def laid_out(
+        self, model: Any, modality: str, values: torch.Tensor, arguments: Arguments, base_alone: bool
     ) -> list[torch.Tensor]:
         if modality == "image":
-            return super().cls_similarity(model, modality, outputs, arguments, base_alone)
-        frames = model.apply_pooling(self._cls_cosines(model, outputs, arguments)).flatten()
+            return super().laid_out(model, modality, values, arguments, base_alone)
+        frames = model.apply_pooling(values).flatten(0, 1)
         lengths = [len(layout) - 1 for layout in self.layouts(model, modality, arguments)]
-        return [torch.cat([values, values.new_zeros(1)]) for values in frames.split(lengths)]
+        return [torch.cat([video, video.new_zeros(1, video.shape[1])]) for video in frames.split(lengths)]
 
     def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
         return torch.cat(tokens)[None] if modality == "video" else tokens
@@ -242,15 +282,15 @@ class LlavaNextVideoFamily(LlavaNextFamily):
             outputs[TOKENS] = [video.reshape(-1, video.shape[-1]) for video in outputs[TOKENS]]
         return outputs
 
-    def cls_similarity(
-        self, model: Any, modality: str, outputs: Any, arguments: Arguments, base_alone: bool
+    def laid_out(
+        self, model: Any, modality: str, values: torch.Tensor, arguments: Arguments, base_alone: bool
     ) -> list[torch.Tensor]:
         if modality == "image":
-            return super().cls_similarity(model, modality, outputs, arguments, base_alone)
-        similarity, side = self._cls_cosines(model, outputs, arguments), grid_side(model.config)
-        grids = similarity.view(-1, 1, side, side)
+            return super().laid_out(model, modality, values, arguments, base_alone)
+        side, width = grid_side(model.config), values.shape[-1]
+        grids = values.mT.reshape(-1, width, side, side)
         pooled = torch.nn.functional.avg_pool2d(grids, model.config.spatial_pool_stride)
-        return list(pooled.reshape(len(arguments[PIXELS["video"]]), -1))
+        return list(pooled.flatten(2).mT.reshape(len(arguments[PIXELS["video"]]), -1, width))
 
     def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
         """Stock flattens the first two axes of each video."""

@@ -146,6 +146,8 @@ class RBLMixin(LoadingMixin):
             ValueError: if images and placeholders do not match.
         """
         self.family.check_call(call)
+        if past.memory is not None and call.pixels:
+            self.refuse_another_question(pruning)
         call = call.copy()
         features = self._encode(call, pruning, seen)
         if seen:
@@ -181,6 +183,42 @@ class RBLMixin(LoadingMixin):
         token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
         return (call.prompt == self.get_input_embeddings()(token)).all(-1)
 
+    def prompt_texts(self, modality: str, call: Call) -> list[tuple[int, torch.Tensor]]:
+        """Per prompt how many placeholders of a modality it has, and the language model's embeddings `(m, d)` of its
+        text: what rules that read the question are given. Of a prompt to train on, the text that has no label.
+
+        Args:
+            modality (`str`): `"image"` or `"video"`.
+            call ([`Call`]): with ids or embeddings.
+        """
+        slots = {m: self.placeholders(m, call) for m in MODALITIES if hasattr(self.config, f"{m}_token_id")}
+        length = call.prompt.shape[1]
+        text = ~torch.stack(list(slots.values())).any(0)
+        if call.attention_mask is not None:
+            text = text & call.attention_mask[:, -length:].bool().to(text.device)
+        if "labels" in call.along:
+            text = text & (call.along["labels"][:, -length:] == ALONG["labels"]).to(text.device)
+        texts = []
+        with torch.no_grad():
+            for prompt, own, places in zip(call.prompt, slots[modality], text):
+                words = prompt[places]
+                embeddings = words if words.is_floating_point() else self.get_input_embeddings()(words)
+                texts.append((int(own.sum()), embeddings))
+        return texts
+
+    def reads_question(self, pruning: PruningConfig | dict | None) -> bool:
+        """Whether a call under these settings (default the model's own) chooses tokens by the question."""
+        settings = self.active_pruning(pruning)
+        return settings is not None and settings.needs_question
+
+    def refuse_another_question(self, pruning: PruningConfig | dict | None) -> None:
+        """Raise a `ValueError` where tokens in a cache were chosen by a question, and another one comes."""
+        if self.reads_question(pruning):
+            raise ValueError(
+                "score='cdpruner' and other scores that read the question cannot go on with this cache: its visual "
+                "tokens were chosen by the question before. Start with a new cache, or choose another score."
+            )
+
     def padding_id(self) -> int:
         """An id for padding; not a placeholder's."""
         placeholders = {getattr(self.config, f"{modality}_token_id", None) for modality in MODALITIES}
@@ -205,7 +243,8 @@ class RBLMixin(LoadingMixin):
             slots = self.placeholders(modality, call)
             apart = self.family.apart
             runs = None if apart is None else [run_lengths(part, apart) for part in (slots, slots[:, seen:])]
-            features[modality] = self.base_model.features(modality, arguments, pruning, runs)
+            texts = self.prompt_texts(modality, call) if self.reads_question(pruning) else None
+            features[modality] = self.base_model.features(modality, arguments, pruning, runs, texts)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features
 

@@ -34,10 +34,13 @@ class PruningConfig:
             exactly one of `keep_ratio` and `threshold`. Above 1, a cosine threshold keeps everything.
         score (`str`, defaults to `"cosine"`): how redundant a token is, a key of [`SCORERS`]: by the codebook
             `"cosine"`, `"softmax"`, `"double_softmax"`, `"codebook_dpp"`, `"codebook_coverage"`; without one
-            `"random"`, `"cls_similarity_low"`, `"cls_similarity_high"`, `"diversity"`; or one of your own, see
-            [`register_scorer`].
+            `"random"`, `"cls_similarity_low"`, `"cls_similarity_high"`, `"diversity"`, and of other papers
+            `"cls_attention"`, `"visionzip"`, `"vispruner"`, `"prumerge"`, `"scope"`, `"cdpruner"`, `"tome"`; or one of
+            your own, see [`register_scorer`].
         merge (`str`, defaults to `"none"`): what becomes of tokens that are dropped: `"none"`, nothing; `"nearest"`,
             each is averaged into the kept token nearest to it by cosine. Which tokens stay, and where, is the same.
+            Rules that merge by themselves (`"visionzip"`, `"prumerge"`, `"tome"`) do so under `"none"`; `"nearest"`
+            takes the place of that.
         min_tokens (`int`, defaults to 1): fewest scored tokens kept per image (per frame with `per_frame`), whatever
             the threshold says.
         newlines (`str`, defaults to `"all"`): which row-end tokens stay: `"all"`; `"row"`, those of rows that keep a

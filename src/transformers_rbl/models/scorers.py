@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from . import greedy
+from . import greedy, published
+from .greedy import over_images
 from .merging import Choice
 
 
@@ -31,12 +32,6 @@ TOWER_NEEDS = ("cls_similarity", "cls_attention", "tower_keys")  # a value per t
 NEEDS = ("tokens", "unit_prototypes", *TOWER_NEEDS, "question", "count", "seed", "frame")
 
 Scorer = Callable[..., Any]
-
-
-def over_images(scorer: Scorer) -> Scorer:
-    """Mark a scorer that takes several images of one size at once: every tensor with one more dimension in front."""
-    scorer.over_images = True  # type: ignore[attr-defined]
-    return scorer
 
 
 # --- the codebook's rules ---------------------------------------------------------------------------------------------
@@ -159,9 +154,16 @@ SCORERS: dict[str, Scorer] = {
     "cls_similarity_low": low_cls_similarity,
     "cls_similarity_high": high_cls_similarity,
     "diversity": greedy_diversity,
+    "cls_attention": published.attended,
+    "visionzip": published.visionzip,
+    "vispruner": published.vispruner,
+    "prumerge": published.prumerge,
+    "scope": published.scope,
+    "cdpruner": published.cdpruner,
+    "tome": published.tome,
 }
 BUILT_IN = frozenset(SCORERS)
-MERGING: frozenset[str] = frozenset()  # those whose choice comes with weights
+MERGING = frozenset({"visionzip", "prumerge", "tome"})  # those whose choice comes with weights
 
 
 def register_scorer(name: str, function: Scorer) -> None:
