@@ -17,6 +17,7 @@ import transformers
 from transformers_rbl.building.showing import why_not
 from transformers_rbl.integrations.vllm import ARCHITECTURES
 from transformers_rbl.models.families import FAMILIES
+from transformers_rbl.models.family import VIDEOS
 from transformers_rbl.models.layout import NEWLINE
 
 
@@ -40,8 +41,9 @@ absent, and other families raise, naming these (`allow_untested=True` tries).
   image are told apart by text in the prompt.
 - **Known before encoding**: how many visual tokens an image has and how they lie is known without running the vision
   tower.
-- **Video**: a budget for each frame (`per_frame=True`) or for the video; "frames as images": the processor hands frames
-  over as images, and each has an image's budget.
+- **Video**: a budget for each frame (`per_frame=True`) or for the video; "per temporal patch": time is averaged away
+  within a few frames, and these have a budget; "frames as images": the processor hands frames over as images, and each
+  has an image's budget.
 - **Row ends**: what ends a row of visual tokens, which `newlines=` is about: a learnt token, or a mark in text. `"row"`
   drops those of rows from which nothing stays, `"last"` all but an image's last.
 - **`tiles="base"`**: an image in tiles comes with a thumbnail, and the tower may see it alone; blank where images have
@@ -106,8 +108,10 @@ def video(kit: Kit) -> str:
     """How videos come: measured where the suite has them."""
     if kit.case.video is not None:
         layouts = kit.model.model.layouts("video", **kit.case.movies()[0].tensors)
-        assert layouts is not None and layouts[0].frames > 1
-        return "per frame or whole"
+        assert layouts is not None
+        return "per frame or whole" if layouts[0].frames > 1 else "per temporal patch"
+    if VIDEOS in kit.model.family.refuses:
+        return "raises"
     if kit.name == "llava_onevision":  # in a file of tests of its own, tests/test_video.py
         return "per frame or whole"
     if hasattr(kit.full.headless, "get_video_features"):

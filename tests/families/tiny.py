@@ -252,6 +252,17 @@ def native(patch: int, temporal: int = 2, merge: int = 2) -> Callable[[Size, Dra
     return image
 
 
+def native_unfolded(patch: int) -> Callable[[Size, Draw], Picture]:
+    """PaddleOCR-VL's: as Qwen-VL's, of patches that are not flattened."""
+
+    def image(size: Size, draw: Draw) -> Picture:
+        picture = _grid(1, size, draw, patch, 1, 2, "image")
+        picture.tensors["pixel_values"] = picture.tensors["pixel_values"].view(-1, 3, patch, patch)
+        return picture
+
+    return image
+
+
 def native_video(patch: int, timestamps: bool, as_images: bool = False, temporal: int = 2, merge: int = 2
                  ) -> Callable[[int, Size, Draw], Picture]:  # fmt: skip
     """Qwen-VL's: one grid per temporal patch, side by side or behind timestamps; GLM-4V's placeholders are images'."""
@@ -671,6 +682,14 @@ CASES: dict[str, Case] = {
             _config("Qwen3_5MoeConfig", vision_config=QWEN3_TOWER, **VISION_IDS,
                     text_config=QWEN3_5_TEXT | EXPERTS | dict(shared_expert_intermediate_size=32)),
             native(8), types="mm_token_type_ids", video=native_video(8, timestamps=True),
+        ),
+        Case(
+            "paddleocr_vl",
+            _config("PaddleOCRVLConfig", text_config=_text("PaddleOCRTextConfig", rope_parameters=ROPE),
+                    vision_config=dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
+                                       num_attention_heads=4, image_size=56, patch_size=7),
+                    **VISION_IDS),
+            native_unfolded(7), types="mm_token_type_ids",
         ),
         Case(
             "glm4v", _config("Glm4vConfig", **GLM), native(7), types="mm_token_type_ids",

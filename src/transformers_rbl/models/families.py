@@ -194,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         GridFamily("qwen3_5_moe", projector="visual"),
         GridFamily("glm4v", projector="visual", video_as_image=True, refuses=_MIXED),
         GridFamily("glm46v", projector="visual", video_as_image=True, refuses=_MIXED),
+        GridFamily("paddleocr_vl", projector="projector"),
         Family("internvl", stacked=True, apart=0, tile_length=_internvl_tile),
         Family("gemma3", stacked=True, refuses=_BOTH_WAYS),
         ShapedFamily("gemma4", projector="embed_vision", refuses=_BOTH_WAYS, shapes=_gemma4_shapes),

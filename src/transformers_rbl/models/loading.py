@@ -302,7 +302,7 @@ def inherit_key_conversion(model_class: Any, stock_class: Any, headless: bool) -
     for ours, stock in ((model_class.__name__, stock_class.__name__), (model_type, stock_type)):
         mapping = get_checkpoint_conversion_mapping(stock)
         if mapping is not None:
-            if headless and ours == model_class.__name__:  # stock's prefixes know of no codebook
+            if headless or ours == model_type:  # stock's prefixes know of no codebook
                 mapping = [WeightRenaming(r"^model\.codebook\.", "codebook."), *mapping]
             # The package and its copy as remote code may meet in one process: the second registration replaces the
             # first.
