@@ -1,16 +1,21 @@
 """What engines are told before they see an image, without an engine. With one: tests/engines."""
 
+import itertools
 import json
 from importlib.metadata import entry_points
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoModel
 
+import small_families
 import tiny_checkpoint
 from transformers_rbl import PruningConfig, RedundancyCodebook
+from transformers_rbl.integrations.served_positions import attach, detach, known_positions, offsets, runs_of
 from transformers_rbl.integrations.serving import (
     ImageLayouts,
     keep_of_image,
@@ -20,6 +25,7 @@ from transformers_rbl.integrations.serving import (
 from transformers_rbl.models.layout import VisualLayout
 
 
+VIDEO, START, END = small_families.VIDEO, small_families.START, small_families.END
 SERVED = [
     PruningConfig(keep_ratio=0.3),
     PruningConfig(keep_ratio=0.05, newlines="last", min_tokens=3),
@@ -119,3 +125,61 @@ def test_features_of_another_layout_are_refused():
 def test_vllm_finds_the_plugin():
     found = {entry.name: entry.value for entry in entry_points(group="vllm.general_plugins")}
     assert found["transformers_rbl"] == "transformers_rbl.integrations.vllm:register"
+
+
+def pruned_prompt(times: list[int], grid: tuple[int, int], timestamps: bool, keep: list[list[int]]):
+    """A prompt of ids with a video between words, whole and pruned: ids, mask of what stays, runs as an engine sees
+    them. `keep` names the tokens that stay of each frame."""
+    tokens = grid[0] * grid[1]
+    frames = [[VIDEO if place in kept else -VIDEO for place in range(tokens)] for kept in keep]
+    if timestamps:
+        video = [token for number, frame in enumerate(frames) for token in (30 + number, START, *frame, END)]
+    else:
+        video = [START, *itertools.chain(*frames), END]
+    marked = [20, 21, 22, *video, 23, 24]
+    pruned = [token for token in marked if token > 0]
+    start, visual = 3, torch.tensor([token == VIDEO for token in pruned[3:-2]])
+    return [abs(token) for token in marked], torch.tensor(marked) > 0, runs_of(start, visual, times, grid)
+
+
+@pytest.mark.parametrize("name, timestamps", [("qwen2_5_vl", False), ("qwen3_vl", True)])
+@pytest.mark.parametrize("frames, seconds", [(1, 1.0), (3, 1.0), (4, 0.6)])
+def test_positions_of_an_engine_are_those_of_the_unpruned_prompt(name, timestamps, frames, seconds):
+    config = small_families._config(name)
+    config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = VIDEO, START, END
+    with torch.device("meta"):
+        stock = AutoModel.from_config(config)
+    config.vision_config.tokens_per_second = 2
+    times = [0] * frames if timestamps else [int(frame * 2 * seconds) for frame in range(frames)]
+    random = np.random.default_rng(frames)
+    keep = [sorted(random.choice(15, 4, replace=False)) for _ in range(frames)]
+    ids, stays, runs = pruned_prompt(times, (3, 5), timestamps, keep)
+    ids = torch.tensor([ids])
+    whole, _ = stock.get_rope_index(
+        ids,
+        mm_token_type_ids=2 * (ids == VIDEO).int(),
+        video_grid_thw=torch.tensor([[frames, 6, 10]]),
+        second_per_grid_ts=torch.tensor([seconds]),
+        attention_mask=torch.ones_like(ids),
+    )
+    wanted = whole[:, 0, stays]
+    found = known_positions(int(stays.sum()), runs)
+    assert torch.equal(found[0], wanted[0])
+    visual = ids[0, stays] == VIDEO
+    tokens = torch.randn(int(visual.sum()), 8, dtype=torch.bfloat16)
+    mask = torch.tensor([place in kept for kept in keep for place in range(15)])
+    carried, places = detach(attach(tokens, offsets(times, (3, 5))[mask]))
+    found[1:, visual] += places.T
+    assert torch.equal(carried, tokens) and torch.equal(found, wanted)
+
+
+def test_text_follows_a_long_video_where_vllm_and_qwens_own_code_put_it():
+    """After its last moment; transformers 5 goes on after its rows or columns, in the midst of its time."""
+    _, stays, runs = pruned_prompt([0, 14, 28], (3, 5), False, [[0, 14]] * 3)
+    assert known_positions(int(stays.sum()), runs)[0].tolist() == [0, 1, 2, 3, 4, 4, 18, 18, 32, 32, 33, 34, 35]
+
+
+def test_offsets_of_any_size_survive_half_precision():
+    places = torch.tensor([[0, 0], [127, 128], [1810, 9], [-4096, 3], [16383, -16383]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(detach(attach(torch.randn(5, 3, dtype=dtype), places))[1], places)

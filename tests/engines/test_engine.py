@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="needs vLLM: tests/engines/make_environment.sh makes an environment with it")
 
+from engine import video_metadata
+from engine_families import NATIVE, SERVED, engine_family, image_part
+
 from benchmark_serving import Server
-from conftest import CLASSES, make_family
+from conftest import CLASSES
 from testbeds.digits.questions import examples
 from transformers_rbl import PruningConfig, rbl_class
 
@@ -30,49 +33,67 @@ from transformers_rbl import PruningConfig, rbl_class
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(__file__).with_name("engine.py")
 SIZES = [(28, 28), (50, 56), (30, 88), (90, 31)]
-WORLD = {"width": 128, "heads": 4, "vision_width": 64}  # vLLM's CPU attention knows heads of 32, not of 8
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.fixture(scope="module", params=CLASSES)
-def served(request, tmp_path_factory):
-    return Served(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="session")
+def all_served(tmp_path_factory):
+    """Checkpoints by family, each made when it is first asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = Served(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def next_served(tmp_path_factory):
-    return Served("llava_next", tmp_path_factory.mktemp("next"))
+@pytest.fixture(params=SERVED)
+def served(request, all_served):
+    return all_served(request.param)
+
+
+@pytest.fixture(params=["llava_next", *NATIVE])
+def one_of_a_kind(request, all_served):
+    """A family of tiles with row ends, and those of native resolution and of tiles in one run."""
+    return all_served(request.param)
+
+
+@pytest.fixture
+def next_served(all_served):
+    return all_served("llava_next")
 
 
 class Served:
     """A family's checkpoint as our class saves it, the stock one as vLLM's own class reads it, and images."""
 
     def __init__(self, name, folder):
-        layout = {"vision_aspect_ratio": "anyres_max_9"} if name == "llava_onevision" else {}
-        self.family = make_family(name, folder / "made", **WORLD, **layout)
-        self.family.codebook = type(self.family.codebook)(
-            torch.randn(7, 128, generator=torch.Generator().manual_seed(0))
-        )
+        self.family = engine_family(name, folder / "made")
         self.model = self.family.pruned(keep_ratio=0.2)
         self.folder, self.stock, self.scratch = folder / "pruned", folder / "stock", folder
         self.model.save_pretrained(self.folder)
         self.family.processor.save_pretrained(self.folder)
         old_layout(self.family.folder, self.stock)
         random = np.random.RandomState(0)
-        self.images = []
+        self.images, self.encoded = [], []
         for number, size in enumerate(SIZES):
             path = folder / f"{number}.png"
             Image.fromarray(random.randint(0, 255, (*size, 3), dtype=np.uint8)).save(path)
             self.images.append(str(path))
+        self.video = str(folder / "video.npy")
+        np.save(self.video, random.randint(0, 255, (6, 48, 80, 3), dtype=np.uint8))
 
     def batch(self, **more) -> list[dict]:
         """Six prompts: an image each of four sizes, two images, none."""
+        image = image_part(self.family.name)
         one = [
-            {"prompt": f"<s>USER: <image>\nWhat {word}? ASSISTANT:", "images": [image], **more}
-            for word, image in zip(("is it", "colour has it", "moves", "now"), self.images)
+            {"prompt": f"<s>USER: {image}What {word}? ASSISTANT:", "images": [path], **more}
+            for word, path in zip(("is it", "colour has it", "moves", "now"), self.images)
         ]
+        image = image.removesuffix("\n")
         two = {
-            "prompt": "<s>USER: look at <image> and at <image>, then say what both of them show. ASSISTANT:",
+            "prompt": f"<s>USER: look at {image} and at {image}, then say what both of them show. ASSISTANT:",
             "images": self.images[1:3],
             **more,
         }
@@ -81,7 +102,12 @@ class Served:
     @torch.no_grad()
     def expected(self, request: dict, keep_ratio: float, model=None, tokens: int = 8) -> list[int]:
         images = [Image.open(path).convert("RGB") for path in request.get("images", ())]
-        inputs = self.family.processor(images=images or None, text=[request["prompt"]], return_tensors="pt")
+        visual = {"images": images or None}
+        if "video" in request:
+            frames = np.load(request["video"])
+            said = {name: value for name, value in video_metadata(len(frames)).items() if name != "do_sample_frames"}
+            visual = {"videos": [frames], "video_metadata": [said], "do_sample_frames": False}
+        inputs = self.family.processor(**visual, text=[request["prompt"]], return_tensors="pt")
         out = (model or self.model).generate(
             **inputs,
             pruning=PruningConfig(keep_ratio=keep_ratio),
@@ -97,16 +123,22 @@ class Served:
         path.write_text(json.dumps({"model": str(model or self.folder), "rounds": rounds, **job}))
         out.unlink(missing_ok=True)
         env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
-        done = subprocess.run([sys.executable, ENGINE, path, out], env=env, capture_output=True, text=True, timeout=400)
-        if expect_failure:
-            return done.stdout + done.stderr if not out.exists() else json.loads(out.read_text())
+        done = subprocess.run(
+            [sys.executable, ENGINE, path, out], env=env, capture_output=True, text=True, timeout=1200
+        )
+        if expect_failure and not out.exists():
+            return done.stdout + done.stderr
         assert out.exists(), done.stdout[-3000:] + done.stderr[-6000:]
-        return json.loads(out.read_text())
+        found = json.loads(out.read_text())
+        self.encoded = found["encoded"]
+        return found["rounds"]
 
 
 def old_layout(source, target) -> None:
-    """A stock checkpoint as stock vLLM 0.32 reads it: transformers 5 writes vision towers one level higher."""
+    """A stock checkpoint as stock vLLM 0.32 reads it: transformers 5 writes LLaVA's vision towers one level higher."""
     shutil.copytree(source, target)
+    if json.loads((target / "config.json").read_text())["model_type"] not in CLASSES:
+        return
     weights = load_file(target / "model.safetensors")
     weights = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): w for name, w in weights.items()}
     (target / "model.safetensors").unlink()
@@ -115,23 +147,60 @@ def old_layout(source, target) -> None:
 
 def test_greedy_ids_are_those_of_transformers(served):
     """At 20% and, asked per request, 10%; alone and in batches; prefix cache cold and warm; prefill in chunks (the
-    longest prompts have more than 64 tokens)."""
+    longest prompts have more than 64 tokens). An image that was encoded is not encoded again for another prompt; at
+    another ratio it is another image, for the encoder cache and for the prefix cache."""
     batch = served.batch()
     tight = [{**request, "keep_ratio": 0.1} for request in batch[:5]]
+    other = {**batch[3], "prompt": batch[3]["prompt"].replace("now", "else")}
     alone = [[request] for request in batch]
+    across = served.family.name == "llava_next"  # in processes of its own, where nothing can be counted
     rounds = served.run(
-        [batch, batch, tight, [{"prompt": "<s>USER: <video>\nWhat moves? ASSISTANT:", "frames": 4}], *alone],
-        processes=served.family.name == "llava_next",
-        engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True},
+        [batch, batch, tight, [batch[3]], [other], [{**batch[3], "keep_ratio": 0.1}], *alone],
+        processes=across,
+        engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 16},
     )
     wanted = [served.expected(request, 0.2) for request in batch]
     assert len({tuple(ids) for ids in wanted}) >= 5, "the answers hardly depend on the images"
-    for found in (rounds[0], rounds[1], [one[0] for one in rounds[4:]]):
+    for found in (rounds[0], rounds[1], [one[0] for one in rounds[6:]]):
         assert [answer["ids"] for answer in found] == wanted
     assert [answer["ids"] for answer in rounds[2]] == [served.expected(request, 0.1) for request in tight]
+    assert rounds[4][0]["ids"] == served.expected(other, 0.2)
+    assert rounds[5][0]["ids"] == rounds[2][3]["ids"]
     assert all(few["prompt"] < more["prompt"] for few, more in zip(rounds[2][1:4], rounds[0][1:4]))
     assert max(answer["prompt"] for answer in rounds[0]) > 64
-    assert "video" in rounds[3]["error"]
+    assert all(answer["cached"] >= 16 for answer in rounds[1])
+    if not across:
+        assert served.encoded[0] >= 4 and served.encoded[3:6] == [0, 0, 0]
+        assert served.encoded[2] >= 4, "at another ratio, the image of the first was taken"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_video_is_answered_as_in_transformers(all_served, name):
+    served, video = all_served(name), "<|vision_start|><|video_pad|><|vision_end|>"
+    asked = {"prompt": f"<s>USER: {video}What moves? ASSISTANT:", "video": served.video}
+    both = [asked, {**asked, "keep_ratio": 0.1}, served.batch()[0]]
+    found = served.run([both], engine={"limit_mm_per_prompt": {"image": 2, "video": 1}})[0]
+    assert [answer["ids"] for answer in found] == [served.expected(one, r) for one, r in zip(both, (0.2, 0.1, 0.2))]
+    assert found[1]["prompt"] < found[0]["prompt"]
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_a_video_is_refused_where_it_cannot_be_served(all_served, name):
+    served = all_served(name)
+    asked = {"prompt": "<s>USER: <video>\nWhat moves? ASSISTANT:", "video": served.video}
+    good = served.batch()[:1]
+    refused, answered = served.run([[asked], good])
+    assert "video" in refused["error"] and answered[0]["ids"] == served.expected(good[0], 0.2)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_decide_the_answers(all_served, name):
+    """So that equal ids show that positions are right."""
+    served = all_served(name)
+    batch = served.batch()
+    found = served.run([batch], mutation="positions without rows and columns")[0]
+    different = [answer["ids"] != served.expected(request, 0.2) for request, answer in zip(batch, found)]
+    assert sum(different) >= 3 and not different[-1]
 
 
 def test_keeping_all_gives_the_log_probabilities_of_stock_vllm(served):
@@ -190,8 +259,8 @@ def test_tokens_chosen_outside_come_as_embeddings_of_any_length(next_served):
 
 
 @pytest.mark.parametrize("mutation", ["too many", "too few", "another ratio in the processor"])
-def test_features_that_do_not_fit_their_placeholders_end_in_an_error(next_served, mutation):
-    result = next_served.run([next_served.batch()[1:2]], mutation=mutation, expect_failure=True)
+def test_features_that_do_not_fit_their_placeholders_end_in_an_error(one_of_a_kind, mutation):
+    result = one_of_a_kind.run([one_of_a_kind.batch()[1:2]], mutation=mutation, expect_failure=True)
     assert "placeholders" in (result[0]["error"] if isinstance(result, list) else result)
 
 

@@ -1,4 +1,4 @@
-"""InternVL in vLLM: checkpoints in Hugging Face's format (`OpenGVLab/…-hf`), which vLLM serves by its InternS1 class."""
+"""InternVL in vLLM: checkpoints in Hugging Face's format (`OpenGVLab/…-hf`), by its InternS1 class as stock ones."""
 
 # pyright: reportMissingImports=false
 

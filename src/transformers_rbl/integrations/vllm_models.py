@@ -1,4 +1,4 @@
-"""What all our models in vLLM 0.32 share: its own models, with visual tokens dropped between projector and language model.
+"""What all our models in vLLM share: its own models, with visual tokens dropped between projector and language model.
 
 Front end: the processor says how many placeholders an image gets, from its size and the keep ratio alone, and sends
 along what each token is. Model: the same rule as in transformers picks the tokens, and their number is checked against
@@ -173,9 +173,7 @@ class RBLModel(Mixed):
         """Tokens of one image or video that stay, and the mask that chose them."""
         pruning = with_keep_ratio(self.pruning, float(ratio)) if self.pruning.enabled else self.pruning
         # Further channels are other views of the same tokens (Qwen3-VL's deepstack).
-        mask = keep_of_image(
-            tokens[:, : self.width], VisualLayout(kinds.long(), int(frames)), pruning, self.codebook
-        )
+        mask = keep_of_image(tokens[:, : self.width], VisualLayout(kinds.long(), int(frames)), pruning, self.codebook)
         kept = tokens[mask]
         if len(kept) != int(count):
             raise ValueError(

@@ -93,27 +93,21 @@ class GridModel(RBLModel):
     def placed(self, kept: list[tuple[torch.Tensor, torch.Tensor]], modality: str, visual: Any) -> list[torch.Tensor]:
         if not self.pruning.enabled:
             return super().placed(kept, modality, visual)
-        places = []
-        for index, grid in enumerate(visual[f"{modality}_grid_thw"].tolist()):
-            times, shape = self.times_and_shape(modality, grid, visual.get("second_per_grid_ts"), index)
-            places.append(offsets(times, shape))
-        return [
-            attach(tokens, place.to(mask.device)[mask]) for (tokens, mask), place in zip(kept, places, strict=True)
-        ]
+        grids = visual[f"{modality}_grid_thw"].tolist()
+        seconds = visual.get("second_per_grid_ts") if modality == "video" else None
+        placed = []
+        for (tokens, mask), grid, second in zip(kept, grids, [1.0] * len(grids) if seconds is None else seconds):
+            place = offsets(self.times(grid[0], second), self.shape(grid))
+            placed.append(attach(tokens, place.to(mask.device)[mask]))
+        return placed
 
-    def times_and_shape(
-        self, modality: str, grid: list[int], seconds: Any, index: int = 0
-    ) -> tuple[list[int], tuple[int, int]]:
-        """Time of each frame from the first position of its run, and rows and columns of its tokens."""
-        frames, rows, columns = grid
+    def shape(self, grid: list[int]) -> tuple[int, int]:
+        """Rows and columns of tokens of a frame."""
         merge = self.config.vision_config.spatial_merge_size
-        rate = 1.0
-        if modality == "video" and seconds is not None:
-            rate = float(seconds[index]) * self.config.vision_config.tokens_per_second
-        return self.times(frames, rate), (rows // merge, columns // merge)
+        return grid[1] // merge, grid[2] // merge
 
-    def times(self, frames: int, rate: float) -> list[int]:
-        """Of each frame, `rate` positions to a frame."""
+    def times(self, frames: int, seconds: Any) -> list[int]:
+        """Time of each frame from the first position of its run, where one is to the next as many `seconds`."""
         raise NotImplementedError
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
@@ -123,11 +117,9 @@ class GridModel(RBLModel):
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             where, data = feature.mm_position, feature.data
             visual = torch.ones(where.length, dtype=torch.bool) if where.is_embed is None else where.is_embed.bool()
-            seconds = data.get("second_per_grid_ts")
-            seconds = None if seconds is None else seconds.data.reshape(-1)
-            grid = data[f"{feature.modality}_grid_thw"].data.tolist()
-            times, shape = self.times_and_shape(feature.modality, grid, seconds)
-            runs += runs_of(where.offset, visual, times, shape)
+            grid, seconds = data[f"{feature.modality}_grid_thw"].data.tolist(), data.get("second_per_grid_ts")
+            times = self.times(grid[0], 1.0 if seconds is None else seconds.data)
+            runs += runs_of(where.offset, visual, times, self.shape(grid))
         positions = known_positions(len(input_tokens), runs)
         return positions, int(positions[0, -1]) + 1 - len(input_tokens)  # a prompt ends in text
 
@@ -151,10 +143,11 @@ class GridModel(RBLModel):
 
 def refuse_beside_pruning(vllm_config: VllmConfig) -> None:
     """What would run under positions that are not whole."""
+    pruned_by_vllm = vllm_config.model_config.multimodal_config.video_pruning_rate
     refused = {
         "Speculative decoding": vllm_config.speculative_config is not None,
         "Pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-        "--video-pruning-rate, vLLM's own pruning,": bool(vllm_config.model_config.multimodal_config.video_pruning_rate),
+        "--video-pruning-rate, vLLM's own pruning,": bool(pruned_by_vllm),
     }
     for what, asked in refused.items():
         if asked:
@@ -181,13 +174,14 @@ class Qwen3VLRBLProcessor(GridProcessor, Qwen3VLMultiModalProcessor):
     Qwen2_5_VLRBLProcessor, info=Qwen2_5_VLRBLInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class Qwen2_5_VLForConditionalGenerationRBL(GridModel, Qwen2_5_VLForConditionalGeneration):
-    def times(self, frames: int, rate: float) -> list[int]:
-        return [int(frame * rate) for frame in range(frames)]
+    def times(self, frames: int, seconds: Any) -> list[int]:
+        interval = torch.as_tensor(seconds, dtype=torch.float32).cpu() * self.config.vision_config.tokens_per_second
+        return (torch.arange(frames) * interval).long().tolist()
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLRBLProcessor, info=Qwen3VLRBLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
 class Qwen3VLForConditionalGenerationRBL(GridModel, Qwen3VLForConditionalGeneration):
-    def times(self, frames: int, rate: float) -> list[int]:
+    def times(self, frames: int, seconds: Any) -> list[int]:
         return [0] * frames  # time is text, between the frames
