@@ -4,7 +4,8 @@ import typer
 
 from . import assembling, comparison, files, positions, recipes, report, training
 from .digits import pictures
-from .scenes import checkpoint, comparing
+from .scenes import checkpoint, comparing, tables
+from .scenes import pictures as scenes_pictures
 
 
 app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
@@ -19,3 +20,5 @@ app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)
 app.command("scenes")(checkpoint.command)
 app.command("scenes-compare")(comparing.main)
+app.command("scenes-tables")(tables.main)
+app.command("scenes-pictures")(scenes_pictures.main)

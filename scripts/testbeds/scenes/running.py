@@ -36,8 +36,12 @@ def run_steps(
     folder.mkdir(parents=True, exist_ok=True)
     path, spent, start = folder / f"{name}.state", 0.0, 0
     rows = [
-        {"params": [weight for weight in weights if (weight.dim() > 1) == matrix], "lr": rate, "highest": rate,
-         "weight_decay": decay if matrix else 0.0}
+        {
+            "params": [weight for weight in weights if (weight.dim() > 1) == matrix],
+            "lr": rate,
+            "highest": rate,
+            "weight_decay": decay if matrix else 0.0,
+        }
         for rate, weights in groups.items()
         for matrix in (True, False)
     ]
@@ -62,13 +66,22 @@ def run_steps(
             optimizer.zero_grad(set_to_none=True)
             recent.append({key: float(torch.as_tensor(value).detach()) for key, value in measures.items()})
             if step % LOG_EVERY == LOG_EVERY - 1 or step == steps - 1:
-                means = {key: round(float(np.nanmean([row.get(key, np.nan) for row in recent])), 4)
-                         for key in {key: None for row in recent for key in row}}
+                means = {
+                    key: round(float(np.nanmean([row.get(key, np.nan) for row in recent])), 4)
+                    for key in {key: None for row in recent for key in row}
+                }
                 log.write(json.dumps({"step": step + 1, **means, "cpu_s": round(time.process_time() - began)}) + "\n")
                 log.flush()
                 recent = []
             if step % SAVE_EVERY == SAVE_EVERY - 1 or step == steps - 1:
                 half = path.with_suffix(".half")
-                torch.save({"weights": learnt, "optimizer": optimizer.state_dict(), "step": step + 1,
-                            "spent": time.process_time() - began}, half)
+                torch.save(
+                    {
+                        "weights": learnt,
+                        "optimizer": optimizer.state_dict(),
+                        "step": step + 1,
+                        "spent": time.process_time() - began,
+                    },
+                    half,
+                )
                 half.replace(path)

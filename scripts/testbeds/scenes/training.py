@@ -1,9 +1,10 @@
-"""How the scenes testbed's model is trained: the tower from whole images, then projector and LoRA from answers alone."""
+"""How the scenes model is trained: the tower from whole images, then projector and LoRA from answers alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,19 @@ from safetensors.torch import load_file, save_file
 from ..answering import answer
 from ..testbed import Stage
 from ..tokens import Visual
+from .asking import SceneExample, draw_example
 from .language import add_lora, load_language_model, load_tokenizer, word_embeddings
 from .model import stock_llava
+from .placing import Scene
 from .projector import Targets, closed_form
-from .asking import SceneExample, draw_example
 from .running import run_steps
-from .tower import WORDS, Tower, close_ups, pixels_of, training_scenes
+from .tower import WORDS, Tower, all_sizes, close_ups, pixels_of
 
 
 STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
-        Stage("whole", steps=2400, lr=1e-3, batch=24),
+        Stage("whole", steps=3000, lr=1.2e-3, batch=16),
         Stage("answers", steps=600, lr=1.2e-3, batch=4),
     )
 }
@@ -63,15 +65,10 @@ class ScenesTrainer:
             tower.load_state_dict(load_file(path))
             return
         torch.manual_seed(0)
-        for number, (name, draw) in enumerate({"close": close_ups, "whole": training_scenes}.items()):
-            stage = self.stages[name]
-
-            def loss(step: int) -> dict[str, torch.Tensor | float]:
-                random = np.random.default_rng([1, number, step])
-                return tower.loss(draw(random, stage.batch), random)
-
-            weights = {stage.lr: list(tower.parameters())}
-            run_steps(name, weights, loss, stage.steps, self.folder, tower, decay=0.05)
+        for number, (name, draw) in enumerate({"close": close_ups, "whole": all_sizes}.items()):
+            stage, weights = self.stages[name], list(tower.parameters())
+            loss = partial(tower_loss, tower, draw, number, stage.batch)
+            run_steps(name, {stage.lr: weights}, loss, stage.steps, self.folder, tower, decay=0.05)
         save_file(tower.state_dict(), path)
 
     def train_answers(self, tower: Tower, language: torch.nn.Module, tokenizer: object) -> None:
@@ -98,6 +95,14 @@ class ScenesTrainer:
         save_parts(self.folder, tower, projector, lora)
 
 
+def tower_loss(
+    tower: Tower, draw: Callable[[np.random.Generator, int], list[Scene]], number: int, batch: int, step: int
+) -> dict[str, torch.Tensor | float]:
+    """Of one step of stage `number`; the tower's data are the same for every seed."""
+    random = np.random.default_rng([1, number, step])
+    return tower.loss(draw(random, batch), random)
+
+
 def by_position(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
     """Named as a module's parameters may be: without dots."""
     return {name.replace(".", "/"): weight for name, weight in weights.items()}
@@ -118,4 +123,6 @@ def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dic
     vision |= {f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()}
     for name, weights in {"vision": vision, "adapter_model": lora}.items():
         rounded = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
-        save_file({key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors"
+        )
