@@ -6,6 +6,7 @@ from . import assembling, comparison, files, positions, recipes, report, trainin
 from .digits import pictures
 from .scenes import checkpoint, comparing, tables
 from .scenes import pictures as scenes_pictures
+from .scenes import training as scenes_training
 
 
 app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
@@ -19,6 +20,7 @@ app.command("report")(report.main)
 app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)
 app.command("scenes")(checkpoint.command)
+app.command("scenes-answers")(scenes_training.answers_again)
 app.command("scenes-compare")(comparing.main)
 app.command("scenes-tables")(tables.main)
 app.command("scenes-pictures")(scenes_pictures.main)

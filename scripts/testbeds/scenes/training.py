@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from ..answering import answer
@@ -43,10 +46,19 @@ class ScenesTrainer:
         folder (`Path`): where logs and states go, `tower.safetensors`, and the trained parts (see [`parts`]).
         stages (`Sequence[Stage]`): close, whole and answers.
         line_break (`bool`): see [`projector.Targets`].
+        stop (`int`, *optional*): the step of the last stage to stop at.
     """
 
-    def __init__(self, family: str, seed: int, folder: Path, stages: Sequence[Stage], line_break: bool = True):
-        self.seed, self.folder, self.line_break = seed, folder, line_break
+    def __init__(
+        self,
+        family: str,
+        seed: int,
+        folder: Path,
+        stages: Sequence[Stage],
+        line_break: bool = True,
+        stop: int | None = None,
+    ):
+        self.seed, self.folder, self.line_break, self.stop = seed, folder, line_break, stop
         self.stages = {stage.name: stage for stage in stages}
         self.spent = 0.0
 
@@ -91,7 +103,7 @@ class ScenesTrainer:
 
         projector.requires_grad_(True)
         groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
-        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12)
+        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
         save_parts(self.folder, tower, projector, lora)
 
 
@@ -126,3 +138,22 @@ def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dic
         save_file(
             {key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors"
         )
+
+
+def answers_again(
+    folder: Annotated[Path, typer.Argument(help="Where log, state and the trained parts go.")],
+    tower: Annotated[Path, typer.Option(help="The `tower.safetensors` of an earlier training.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the answers' data and of LoRA's start.")] = 0,
+    line_break: Annotated[
+        bool, typer.Option(help="Whether background starts as a line break with a part of its word, or as its word.")
+    ] = True,
+    stop: Annotated[int | None, typer.Option(help="The step to stop at, with the rate as it is there.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Train projector and LoRA of the scenes model once more, on a tower that is trained already."""
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tower, folder / "tower.safetensors")
+    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], line_break, stop)
+    trainer.run()
+    print(f"{folder}: {trainer.spent:.0f} CPU seconds")
