@@ -24,7 +24,7 @@ from transformers_rbl.evaluation.evaluate import prompt_text
 from transformers_rbl.evaluation.metrics import bootstrap_interval
 
 
-RECIPE = checkpoint.PARTS / "recipe.yaml"
+RECIPE = Path(checkpoint.__file__).with_name("recipe.yaml")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
         Stage("whole", steps=3000, lr=1.2e-3, batch=16),
-        Stage("answers", steps=600, lr=1.2e-3, batch=4),
+        Stage("answers", steps=500, lr=1.2e-3, batch=4),
     )
 }
 PROJECTOR_RATE = 0.25  # of the stage's rate
@@ -144,9 +144,10 @@ def answers_again(
     folder: Annotated[Path, typer.Argument(help="Where log, state and the trained parts go.")],
     tower: Annotated[Path, typer.Option(help="The `tower.safetensors` of an earlier training.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the answers' data and of LoRA's start.")] = 0,
-    line_break: Annotated[
-        bool, typer.Option(help="Whether background starts as a line break with a part of its word, or as its word.")
-    ] = True,
+    whole_words: Annotated[
+        bool,
+        typer.Option("--whole-words", help="Background starts as its word, not as a line break with a part of it."),
+    ] = False,
     stop: Annotated[int | None, typer.Option(help="The step to stop at, with the rate as it is there.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
@@ -154,6 +155,6 @@ def answers_again(
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tower, folder / "tower.safetensors")
-    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], line_break, stop)
+    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], not whole_words, stop)
     trainer.run()
     print(f"{folder}: {trainer.spent:.0f} CPU seconds")
