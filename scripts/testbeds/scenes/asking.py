@@ -59,9 +59,7 @@ def draw_example(seed: int, split: str, number: int, withheld: bool = False) -> 
         scene = draw_scene(random, split, count, withheld)
         asked = ask(random, scene)
     questions, lessons = asked
-    return SceneExample(
-        images=[scene.image], labels=[scene.label], questions=questions, lessons=lessons, scene=scene
-    )
+    return SceneExample(images=[scene.image], labels=[scene.label], questions=questions, lessons=lessons, scene=scene)
 
 
 def ask(random: np.random.Generator, scene: Scene) -> tuple[list[Asked], list[Asked]] | None:
@@ -143,7 +141,7 @@ def on_sides(scene: Scene) -> list[tuple[str, str]]:
 
 
 def listed(names: list[str]) -> str:
-    """"a dog, a car and an apple"."""
+    """ "a dog, a car and an apple"."""
     words = [with_article(name) for name in names]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 

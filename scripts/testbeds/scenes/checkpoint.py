@@ -16,11 +16,11 @@ from transformers import CLIPVisionModel
 
 from transformers_rbl import RedundancyCodebook, rbl_class
 
+from .asking import draw_example
 from .drawings import cache_folder
 from .language import load_language_model, load_tokenizer, merge_lora
 from .model import stock_llava, stock_processor
 from .projector import Projector
-from .asking import draw_example
 from .tower import tower_config
 
 

@@ -22,9 +22,9 @@ from transformers_rbl.models.seam import MASKS
 
 from ..answering import answer
 from ..tokens import Visual
+from .asking import SceneExample, draw_example
 from .checkpoint import assembled
 from .concepts import CONCEPTS
-from .asking import SceneExample, draw_example
 from .tower import pixels_of
 
 
@@ -111,7 +111,9 @@ def ask(
         bits = answer(model, tokenizer, [[Visual(image)] for image in tokens], encoded.examples)[2]
         right += ["".join(str(int(bit)) for bit in row) for row in bits]
         kept.append(masks.float().mean())
-        shown = torch.stack([torch.from_numpy(example.labels[0] < len(CONCEPTS)).flatten() for example in encoded.examples])
+        shown = torch.stack(
+            [torch.from_numpy(example.labels[0] < len(CONCEPTS)).flatten() for example in encoded.examples]
+        )
         things += ((masks & shown).sum(1) / shown.sum(1)).tolist()
     return {
         "kept": round(float(torch.stack(kept).mean()), 4),
@@ -138,7 +140,9 @@ def rules_of(
 def random_tokens(model: PreTrainedModel, count: int, seed: int = 0) -> RedundancyCodebook:
     """As many tokens of training scenes as a codebook has prototypes, drawn by chance."""
     tokens = Encoded(model, [draw_example(1, "train", number) for number in range(60)]).tokens.flatten(0, 1).float()
-    return RedundancyCodebook(tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]])
+    return RedundancyCodebook(
+        tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]]
+    )
 
 
 def main(

@@ -47,14 +47,16 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def word_embeddings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...]) -> torch.Tensor:
+def word_embeddings(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...]
+) -> torch.Tensor:
     """`(len(words), d)` float32: each word's as it stands inside a sentence, the mean of its tokens'."""
     table = model.get_input_embeddings().weight.detach().float()
     return torch.stack([table[tokenizer(f" {word}", add_special_tokens=False).input_ids].mean(0) for word in words])
 
 
 class LoRALinear(torch.nn.Module):
-    """A frozen linear layer `x Wᵀ` plus `α/r · x Aᵀ Bᵀ` (Hu et al., "LoRA", section 4.1); B starts at zero.
+    """A frozen linear layer `x Wᵀ` plus `ALPHA/RANK · x Aᵀ Bᵀ` (Hu et al., "LoRA", section 4.1); B starts at zero.
 
     PEFT's layer computes the same in float32; here the small products are in the layer's own type, which on a CPU
     takes half the time."""

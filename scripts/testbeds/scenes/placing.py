@@ -35,9 +35,7 @@ class Scene:
     cover: np.ndarray
 
 
-def draw_scene(
-    random: np.random.Generator, split: str, count: int, withheld: bool = False, grid: int = GRID
-) -> Scene:
+def draw_scene(random: np.random.Generator, split: str, count: int, withheld: bool = False, grid: int = GRID) -> Scene:
     """A scene of `count` things of a split, of `grid` patches a side.
 
     With `withheld` all are shown in drawings that no training scene has (and only things that have such a drawing)."""
@@ -60,9 +58,7 @@ def draw_names(random: np.random.Generator, split: str, count: int, withheld: bo
             return names
 
 
-def place_things(
-    random: np.random.Generator, split: str, names: list[str], withheld: bool, grid: int
-) -> Scene | None:
+def place_things(random: np.random.Generator, split: str, names: list[str], withheld: bool, grid: int) -> Scene | None:
     """None where there is no room."""
     side = grid * PATCH
     image, word = draw_background(random, split, side)

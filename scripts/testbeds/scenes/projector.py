@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .concepts import CONCEPTS
 from .language import word_embeddings
-from .placing import GRID
 from .tower import WORDS, Tower, patch_places, pixels_of, training_scenes
 
 
@@ -59,8 +58,8 @@ class Targets:
 
 
 def said_words(words: torch.Tensor) -> torch.Tensor:
-    """`(n, GRID²)`: the word that each patch says, of its logits `(n, GRID², len(WORDS))`: the thing that its head finds
-    likelier than not, else the likeliest background."""
+    """`(n, GRID²)`: the word that each patch says, of its logits `(n, GRID², len(WORDS))`: the thing that its head
+    finds likelier than not, else the likeliest background."""
     things, behind = words[..., : len(CONCEPTS)], words[..., len(CONCEPTS) :]
     best, thing = things.max(-1)
     return torch.where(best > 0, thing, len(CONCEPTS) + behind.argmax(-1))

@@ -26,7 +26,7 @@ from .placing import GRID, PATCH, SIDE, Scene, draw_count, draw_scene
 
 
 FEATURE_LAYER = -2  # what the projector reads, as in LLaVA-1.5; its patches also learn to name things
-CLOSE = 6  # patches a side of the small images that training begins with
+CLOSE, MIDDLE = 6, 8  # patches a side of the smaller images that training begins with
 WORDS = (*CONCEPTS, *BACKGROUNDS)
 
 
@@ -161,3 +161,14 @@ def training_scenes(random: np.random.Generator, count: int) -> list[Scene]:
 def close_ups(random: np.random.Generator, count: int) -> list[Scene]:
     """Small images of one thing: what to begin with, as most of such an image's patches are about its caption."""
     return [draw_scene(random, "train", 1, grid=CLOSE) for _ in range(count)]
+
+
+def all_sizes(random: np.random.Generator, count: int) -> list[Scene]:
+    """Close-ups, larger images of one or two things, or whole scenes, so many that each step costs about as much as
+    `count` whole ones."""
+    size = random.choice(["close", "middle", "whole"], p=[0.35, 0.2, 0.45])
+    if size == "close":
+        return close_ups(random, 4 * count)
+    if size == "middle":
+        return [draw_scene(random, "train", int(random.integers(1, 3)), grid=MIDDLE) for _ in range(9 * count // 4)]
+    return training_scenes(random, count)

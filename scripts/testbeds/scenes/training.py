@@ -1,31 +1,36 @@
-"""How the scenes testbed's model is trained: the tower from whole images, then projector and LoRA from answers alone."""
+"""How the scenes model is trained: the tower from whole images, then projector and LoRA from answers alone."""
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from ..answering import answer
 from ..testbed import Stage
 from ..tokens import Visual
+from .asking import SceneExample, draw_example
 from .language import add_lora, load_language_model, load_tokenizer, word_embeddings
 from .model import stock_llava
+from .placing import Scene
 from .projector import Targets, closed_form
-from .asking import SceneExample, draw_example
 from .running import run_steps
-from .tower import WORDS, Tower, close_ups, pixels_of, training_scenes
+from .tower import WORDS, Tower, all_sizes, close_ups, pixels_of
 
 
 STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
-        Stage("whole", steps=2400, lr=1e-3, batch=24),
-        Stage("answers", steps=600, lr=1.2e-3, batch=4),
+        Stage("whole", steps=3000, lr=1.2e-3, batch=16),
+        Stage("answers", steps=500, lr=1.2e-3, batch=4),
     )
 }
 PROJECTOR_RATE = 0.25  # of the stage's rate
@@ -41,10 +46,19 @@ class ScenesTrainer:
         folder (`Path`): where logs and states go, `tower.safetensors`, and the trained parts (see [`parts`]).
         stages (`Sequence[Stage]`): close, whole and answers.
         line_break (`bool`): see [`projector.Targets`].
+        stop (`int`, *optional*): the step of the last stage to stop at.
     """
 
-    def __init__(self, family: str, seed: int, folder: Path, stages: Sequence[Stage], line_break: bool = True):
-        self.seed, self.folder, self.line_break = seed, folder, line_break
+    def __init__(
+        self,
+        family: str,
+        seed: int,
+        folder: Path,
+        stages: Sequence[Stage],
+        line_break: bool = True,
+        stop: int | None = None,
+    ):
+        self.seed, self.folder, self.line_break, self.stop = seed, folder, line_break, stop
         self.stages = {stage.name: stage for stage in stages}
         self.spent = 0.0
 
@@ -63,15 +77,10 @@ class ScenesTrainer:
             tower.load_state_dict(load_file(path))
             return
         torch.manual_seed(0)
-        for number, (name, draw) in enumerate({"close": close_ups, "whole": training_scenes}.items()):
-            stage = self.stages[name]
-
-            def loss(step: int) -> dict[str, torch.Tensor | float]:
-                random = np.random.default_rng([1, number, step])
-                return tower.loss(draw(random, stage.batch), random)
-
-            weights = {stage.lr: list(tower.parameters())}
-            run_steps(name, weights, loss, stage.steps, self.folder, tower, decay=0.05)
+        for number, (name, draw) in enumerate({"close": close_ups, "whole": all_sizes}.items()):
+            stage, weights = self.stages[name], list(tower.parameters())
+            loss = partial(tower_loss, tower, draw, number, stage.batch)
+            run_steps(name, {stage.lr: weights}, loss, stage.steps, self.folder, tower, decay=0.05)
         save_file(tower.state_dict(), path)
 
     def train_answers(self, tower: Tower, language: torch.nn.Module, tokenizer: object) -> None:
@@ -94,8 +103,16 @@ class ScenesTrainer:
 
         projector.requires_grad_(True)
         groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
-        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12)
+        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
         save_parts(self.folder, tower, projector, lora)
+
+
+def tower_loss(
+    tower: Tower, draw: Callable[[np.random.Generator, int], list[Scene]], number: int, batch: int, step: int
+) -> dict[str, torch.Tensor | float]:
+    """Of one step of stage `number`; the tower's data are the same for every seed."""
+    random = np.random.default_rng([1, number, step])
+    return tower.loss(draw(random, batch), random)
 
 
 def by_position(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
@@ -118,4 +135,26 @@ def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dic
     vision |= {f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()}
     for name, weights in {"vision": vision, "adapter_model": lora}.items():
         rounded = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
-        save_file({key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors"
+        )
+
+
+def answers_again(
+    folder: Annotated[Path, typer.Argument(help="Where log, state and the trained parts go.")],
+    tower: Annotated[Path, typer.Option(help="The `tower.safetensors` of an earlier training.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the answers' data and of LoRA's start.")] = 0,
+    whole_words: Annotated[
+        bool,
+        typer.Option("--whole-words", help="Background starts as its word, not as a line break with a part of it."),
+    ] = False,
+    stop: Annotated[int | None, typer.Option(help="The step to stop at, with the rate as it is there.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Train projector and LoRA of the scenes model once more, on a tower that is trained already."""
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tower, folder / "tower.safetensors")
+    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], not whole_words, stop)
+    trainer.run()
+    print(f"{folder}: {trainer.spent:.0f} CPU seconds")
