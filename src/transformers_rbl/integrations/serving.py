@@ -12,6 +12,7 @@ from ..models.auto_rbl import family_class
 from ..models.codebook import RedundancyCodebook
 from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig
+from ..models.seam import PIXELS
 
 
 OFF = PruningConfig(enabled=False)
@@ -21,7 +22,7 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
     """The settings of a checkpoint, if counts of tokens are known from them before an image is encoded.
 
     Args:
-        config (`LlavaRBLConfig`, `LlavaNextRBLConfig` or `LlavaOnevisionRBLConfig`): a saved checkpoint's.
+        config (`PreTrainedConfig`): of a saved checkpoint of ours.
 
     Returns:
         [`PruningConfig`], switched off if the checkpoint has none.
@@ -48,10 +49,16 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
             'it has encoded one: save the checkpoint with newlines="all" or "last", or '
             f"{override}, which keeps them all."
         )
+    family = family_class(config.model_type).headless.family
+    if pruning.tiles == "base" and family.tiled:
+        raise ValueError(
+            f'tiles="base" is not to be had with {family.model_type} models, whose tiles do not say which is the '
+            f"thumbnail: {override}."
+        )
     if pruning.needs_of_tower:
         raise ValueError(
-            f"score={pruning.score!r} needs {' and '.join(pruning.needs_of_tower)} of the vision tower (its [cls] token, "
-            f"its attention), which engines do not hand out: {override}."
+            f"score={pruning.score!r} needs {' and '.join(pruning.needs_of_tower)} of the vision tower (its [cls] "
+            f"token, its attention), which engines do not hand out: {override}."
         )
     if pruning.needs_question:
         raise ValueError(
@@ -88,23 +95,37 @@ def with_keep_ratio(pruning: PruningConfig, keep_ratio: float | None) -> Pruning
 
 
 class ImageLayouts:
-    """Where the visual tokens of an image lie, by the packing code of the transformers model.
+    """Where the visual tokens of an image or video lie, by the code of the transformers model, before it is encoded.
 
     Args:
-        config (`LlavaRBLConfig`, `LlavaNextRBLConfig` or `LlavaOnevisionRBLConfig`): its model is made without weights.
+        config (`PreTrainedConfig`): of a checkpoint of ours; its model is made without weights.
     """
 
     def __init__(self, config: PreTrainedConfig):
         with torch.device("meta"):
             self._model = family_class(config.model_type).headless(config)
-        tower = config.vision_config
-        self._pixels = torch.empty(1, 1, 3, tower.image_size, tower.image_size, device="meta")
         self._has_tiles = hasattr(config, "image_grid_pinpoints")
 
     def __call__(self, height: int, width: int) -> VisualLayout:
-        """The layout of an image of this size in pixels."""
+        """Of an image of this size in pixels, in a family of square tiles."""
+        side = self._model.config.vision_config.image_size
+        pixels = torch.empty(1, 1, 3, side, side, device="meta")
         sizes = {"image_sizes": torch.tensor([[height, width]])} if self._has_tiles else {}
-        return self._model.layouts(pixel_values=self._pixels, **sizes)[0]
+        return self._model.layouts(pixel_values=pixels, **sizes)[0]
+
+    def of_grid(self, modality: str, grid: tuple[int, int, int]) -> VisualLayout:
+        """Of an image or video of this many frames, rows and columns of patches, in a family of native resolution."""
+        frames, rows, columns = grid
+        pixels = torch.empty(frames * rows * columns, 0, device="meta")
+        told = {PIXELS[modality]: pixels, f"{modality}_grid_thw": torch.tensor([grid])}
+        return self._model.layouts(modality, **told)[0]
+
+    def of_tiles(self, count: int) -> VisualLayout:
+        """Of an image of which a family knows no more than how many tokens its tiles have together: they share one
+        budget, as in transformers."""
+        if not self._model.family.runs:
+            raise ValueError(f"The tiles of {self._model.family.model_type} images do not share a budget.")
+        return VisualLayout.of_patches(count)
 
 
 def keep_of_image(

@@ -6,11 +6,16 @@ vLLM calls `register` in every one of its processes. It stays cheap: models are 
 # The engine has an environment of its own (tests/engines): where types are checked, it cannot be found.
 # pyright: reportMissingImports=false
 
-ARCHITECTURES = (
-    "LlavaForConditionalGenerationRBL",
-    "LlavaNextForConditionalGenerationRBL",
-    "LlavaOnevisionRBL",
-)
+# By the file that holds them: our classes' names, as checkpoints spell their architecture.
+ARCHITECTURES = {
+    "vllm_llava": (
+        "LlavaForConditionalGenerationRBL",
+        "LlavaNextForConditionalGenerationRBL",
+        "LlavaOnevisionRBL",
+    ),
+    "vllm_qwen": ("Qwen2_5_VLForConditionalGenerationRBL", "Qwen3VLForConditionalGenerationRBL"),
+    "vllm_internvl": ("InternVLForConditionalGenerationRBL",),
+}
 
 
 def register() -> None:
@@ -22,6 +27,7 @@ def register() -> None:
 
     transformers_rbl.register()
     known = ModelRegistry.get_supported_archs()
-    for name in ARCHITECTURES:
-        if name not in known:
-            ModelRegistry.register_model(name, f"transformers_rbl.integrations.vllm_models:{name}")
+    for file, names in ARCHITECTURES.items():
+        for name in names:
+            if name not in known:
+                ModelRegistry.register_model(name, f"transformers_rbl.integrations.{file}:{name}")

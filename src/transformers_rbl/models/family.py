@@ -40,7 +40,7 @@ class Family:
         apart (`int`, *optional*): this many marks stand between the tiles of an image in the prompt, and more between
             images, so that its tiles share its budget there. None where it does not tell.
         tile_length (`Callable`, *optional*): visual tokens of one tile, given the config.
-        thumbnail (`int`): which of an image's tiles is the thumbnail, where there are several and the prompt tells them.
+        thumbnail (`int`): which of an image's tiles is the thumbnail, where there are several and the prompt tells it.
         row_marks (`bool`): rows of an image end with a mark in text, which follows `newlines=`.
         tiled (`bool`): images come in tiles and nothing tells which is the thumbnail: `tiles="base"` is refused.
         video_as_image (`bool`): a video's placeholders are those of images, and token types tell which they are.
