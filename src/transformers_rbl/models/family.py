@@ -90,6 +90,10 @@ class Family:
             layouts.append(VisualLayout(torch.cat(kinds)))
         return layouts
 
+    def on_host(self, arguments: Arguments) -> Arguments:
+        """The arguments, with those of which stock asks values behind the tower read before it."""
+        return arguments
+
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
         outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .codebook import RedundancyCodebook, choose
-from .layout import VisualLayout
+from .layout import VisualLayout, kept_counts
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
@@ -115,6 +115,7 @@ class RBLModelMixin(RBLMixin):
         return_dict = arguments.pop("return_dict", None)
         if len(arguments[PIXELS[modality]]) == 0:
             raise ValueError(f"{PIXELS[modality]} holds no {modality}: leave it out.")
+        arguments = self.family.on_host(arguments)
         if pruning is not None and pruning.tiles == "base":
             layouts = self.family.layouts_in_prompt(self, modality, arguments, runs)
         else:
@@ -247,32 +248,28 @@ class RBLModelMixin(RBLMixin):
                     "does not know this vision tower's layout."
                 )
             if not base_alone:
-                scored = layout.scored(pruning)
-                tokens = tokens[scored.to(tokens.device)]
+                tokens = layout.take_scored(tokens, pruning)
                 inputs = {
-                    name: value if name == "question" else value[scored.to(value.device)]
+                    name: value if name == "question" else layout.take_scored(value, pruning)
                     for name, value in inputs.items()
                 }
             parts.append(layout.parts(tokens, pruning, **inputs))
         chosen = iter(choose([part for image in parts for part in image], pruning, self.codebook))
         choices = [[next(chosen) for _ in image] for image in parts]
         masks = [layout.mask(choice, pruning) for layout, choice in zip(layouts, choices)]
-        kept = []
-        for tokens, layout, choice, mask in zip(images, layouts, choices, masks):
-            if base_alone:  # tiles and row ends were never computed: they stand here as what no one reads, and row ends
-                rest = self.image_newline.expand(len(layout) - len(tokens), -1)
-                tokens = torch.cat([tokens, rest.to(tokens)])
-            kept.append(layout.stay(tokens, choice, mask, pruning))
-        outputs[TOKENS] = kept
+        counts = kept_counts(layouts, masks, pruning)
+        if base_alone:  # the others were never computed: they stand here as what no one reads, and row ends
+            newline = getattr(self, "image_newline", None)
+            images = [layout.with_unread(tokens, newline, pruning) for layout, tokens in zip(layouts, images)]
+
+        def kept(view: list[torch.Tensor]) -> list[torch.Tensor]:
+            images = zip(view, layouts, choices, masks, counts, strict=True)
+            return [layout.stay(tokens, choice, mask, pruning, n) for tokens, layout, choice, mask, n in images]
+
+        outputs[TOKENS] = kept(images)
         for name in VIEWS:  # other views of the same tokens
             if outputs.get(name) is not None:
-                outputs[name] = [
-                    [
-                        layout.stay(tokens, choice, mask, pruning)
-                        for tokens, layout, choice, mask in zip(view, layouts, choices, masks, strict=True)
-                    ]
-                    for view in outputs[name]
-                ]
+                outputs[name] = [kept(view) for view in outputs[name]]
         outputs[MASKS[modality]] = masks
 
 

@@ -187,6 +187,10 @@ class LlavaNextFamily(LlavaFamily):
             for size in arguments["image_sizes"]
         ]
 
+    def on_host(self, arguments: Arguments) -> Arguments:
+        sizes = arguments.get("image_sizes")
+        return arguments if sizes is None else {**arguments, "image_sizes": torch.as_tensor(sizes).tolist()}
+
     def pack(self, model: Any, tiles: list[torch.Tensor], newline: torch.Tensor, arguments: Arguments) -> Any:
         strategy = self.strategy(model, arguments)
         return model.pack_image_features(tiles, arguments["image_sizes"], strategy, image_newline=newline)[0]
