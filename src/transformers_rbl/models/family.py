@@ -94,6 +94,11 @@ class Family:
         """The arguments, with those of which stock asks values behind the tower read before it."""
         return arguments
 
+    def stopped(self, model: Any, arguments: Arguments) -> tuple[Any, Arguments]:
+        """A view of the headless model whose tower runs no layer that the family does not read, and the arguments for
+        it."""
+        return model, arguments
+
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
         outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)

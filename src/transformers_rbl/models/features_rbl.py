@@ -14,7 +14,7 @@ from .layout import VisualLayout, kept_counts
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
-from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock
+from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
 
 
 def get_image_features(self, *args, pruning: PruningConfig | dict | None = None, **kwargs):
@@ -121,13 +121,17 @@ class RBLModelMixin(RBLMixin):
         else:
             layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
+        encoder = self
         if pruning is not None:
             arguments = {**arguments, **self.family.tower_arguments(pruning)}
-        with stock_alone(self):
+            encoder, arguments = self.family.stopped(self, arguments)
+        with stock_alone(encoder):
             if base_alone:
-                outputs = self.family.encode_base(self, arguments, layouts or [])
+                outputs = self.family.encode_base(encoder, arguments, layouts or [])
             else:
-                outputs = self.family.encode(self, modality, arguments)
+                outputs = self.family.encode(encoder, modality, arguments)
+        if encoder is not self:
+            outputs = without(outputs, "last_hidden_state")  # of a layer that was not run
         if pruning is not None:
             if not base_alone:
                 outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)

@@ -24,6 +24,11 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 
+try:  # how stock records hidden states, by hooks that it installs once a module
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks as install_capture
+except ImportError:
+    install_capture = None
+
 logger = logging.get_logger(__name__)
 
 NEWEST_TESTED = "5.24"
@@ -408,6 +413,11 @@ def replaced(output: Any, **parts: Any) -> Any:
     for name, value in parts.items():
         output[name] = value
     return output
+
+
+def without(output: Any, name: str) -> Any:
+    """An output of transformers without one of its parts."""
+    return type(output)(**{part: value for part, value in output.items() if part != name})
 
 
 def read_by_stock(features: Any, counted: bool = False) -> Any:
