@@ -10,7 +10,7 @@ import torch
 
 from transformers_rbl.models.family import Family
 from transformers_rbl.models.llava_family import LlavaFamily
-from transformers_rbl.models.tower import up_to_layer
+from transformers_rbl.models.tower_views import distinct, up_to_layer
 
 
 FAMILIES = ("llava", "llava_next", "llava_next_video")
@@ -119,3 +119,75 @@ def test_gradients_reach_the_layers_that_were_run(kits):
     model(**kits("llava").inputs(kits("llava").one)).logits.sum().backward()
     has_gradient = [layer.mlp.fc1.weight.grad is not None for layer in encoder_of(model).layers]
     assert has_gradient == [True] * (len(has_gradient) - 1) + [False]
+
+
+def rows_encoded(model: Any, call: Any) -> int:
+    """Images, tiles and frames that pass the tower's first layer."""
+    rows: list[int] = []
+    hook = encoder_of(model).layers[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        call()
+    finally:
+        hook.remove()
+    return sum(rows)
+
+
+def test_equal_images_are_found_and_no_others():
+    images = torch.randn(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    images[2], images[4], images[5] = images[0], images[1], images[0]
+    assert distinct(images) == ([0, 1, 3], [0, 1, 0, 2, 1, 0])
+    images[2, 1, 7, 7] += 1e-3  # a pixel that no probe looks at
+    assert distinct(images) == ([0, 1, 2, 3], [0, 1, 2, 3, 1, 0])
+    assert distinct(images[:1]) == ([0], [0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+def test_an_image_sent_twice_is_encoded_once(kits, name: str):
+    kit = kits(name)
+    once, twice = kit.inputs(kit.one), kit.inputs(kit.one, kit.one)
+    images = rows_encoded(kit.model, lambda: kit.model(**once))
+    answers = []
+    assert rows_encoded(kit.model, lambda: answers.append(kit.model(**twice))) == images
+    apart = {**kit.model.config.pruning, "encode_once": False}
+    assert rows_encoded(kit.model, lambda: answers.append(kit.model(**twice, pruning=apart))) == 2 * images
+    shared, each = answers
+    torch.testing.assert_close(shared.logits, each.logits, atol=1e-6, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(shared.keep_masks, each.keep_masks))
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    ids = [kit.model.generate(**twice, **settings, pruning=rule) for rule in (None, apart)]
+    assert torch.equal(*ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_without_content_are_encoded_once(kits, name: str):
+    kit = kits(name)
+    inputs = kit.inputs(kit.one)
+    pixels = inputs["pixel_values"] = inputs["pixel_values"].clone()
+    tiles = pixels.flatten(0, -4)
+    tiles[1:] = tiles[1, :, :1, :1]
+    count = rows_encoded(kit.model, lambda: kit.model(**inputs))
+    apart = {**kit.model.config.pruning, "encode_once": False}
+    assert count == 2 < rows_encoded(kit.model, lambda: kit.model(**inputs, pruning=apart))
+
+
+@torch.no_grad()
+def test_a_video_that_stands_still_is_one_frame(kits):
+    kit = kits("llava_next_video")
+    model = kit.model.base_model
+    side = model.config.vision_config.image_size
+    still = torch.randn(1, 1, 3, side, side).expand(1, 6, -1, -1, -1).clone()
+    still[0, 4] += 1
+    features = []
+    assert rows_encoded(model, lambda: features.append(model.get_video_features(still))) == 2
+    apart = {**model.config.pruning, "encode_once": False}
+    assert rows_encoded(model, lambda: features.append(model.get_video_features(still, pruning=apart))) == 6
+    torch.testing.assert_close(features[0].pooler_output[0], features[1].pooler_output[0], atol=1e-6, rtol=0)
+
+
+def test_in_training_every_image_is_encoded(kits):
+    kit = kits("llava")
+    model = kit.load().train()
+    twice = kit.inputs(kit.one, kit.one)
+    assert rows_encoded(model, lambda: model(**twice)) == 2

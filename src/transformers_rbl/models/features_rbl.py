@@ -15,6 +15,7 @@ from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .pruning import PruningConfig
 from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
+from .tower_views import each_once
 
 
 def get_image_features(self, *args, pruning: PruningConfig | dict | None = None, **kwargs):
@@ -121,16 +122,17 @@ class RBLModelMixin(RBLMixin):
         else:
             layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
-        encoder = self
+        shorter = self
         if pruning is not None:
             arguments = {**arguments, **self.family.tower_arguments(pruning)}
-            encoder, arguments = self.family.stopped(self, arguments)
+            shorter, arguments = self.family.stopped(self, arguments)
+        encoder = each_once(shorter) if pruning is not None and pruning.encode_once else shorter
         with stock_alone(encoder):
             if base_alone:
                 outputs = self.family.encode_base(encoder, arguments, layouts or [])
             else:
                 outputs = self.family.encode(encoder, modality, arguments)
-        if encoder is not self:
+        if shorter is not self:
             outputs = without(outputs, "last_hidden_state")  # of a layer that was not run
         if pruning is not None:
             if not base_alone:
