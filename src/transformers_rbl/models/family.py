@@ -99,6 +99,14 @@ class Family:
         it."""
         return model, arguments
 
+    def tile_shares(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """Per image `(L, tiles)`: how much of each visual token comes from each tile, the thumbnail first."""
+        raise NotImplementedError(f"{self.model_type} does not tell which tile a token comes from.")
+
+    @property
+    def has_tile_shares(self) -> bool:
+        return type(self).tile_shares is not Family.tile_shares
+
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
         outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)

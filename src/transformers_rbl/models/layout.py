@@ -16,7 +16,8 @@ from .pruning import PruningConfig, kept_token_count
 
 
 # What a visual token is, within the sequence that replaces one image (see `PruningConfig.newlines` and `.tiles`).
-BASE, PATCH, NEWLINE = 0, 1, 2
+# ABSENT is a patch of a tile that was not encoded.
+BASE, PATCH, NEWLINE, ABSENT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,23 +25,23 @@ class VisualLayout:
     """The visual tokens of one image or video, in the order of their placeholders.
 
     Args:
-        kinds (`torch.LongTensor` of shape `(L,)`): BASE, PATCH or NEWLINE per token. An image without tiles has patches
-            and, in some families, row ends; one with tiles has its base image (thumbnail) first. A row is its patches,
-            then its newline.
+        kinds (`torch.LongTensor` of shape `(L,)`): BASE, PATCH, NEWLINE or ABSENT per token. An image without tiles has
+            patches and, in some families, row ends; one with tiles has its base image (thumbnail) first. A row is its
+            patches, then its newline.
         frames (`int`, defaults to 1): equal parts of the scored tokens, a video's frames.
         grid (`tuple[int, int]`, *optional*): rows and columns of the base image, or of each frame; square by default.
-        numbers (`tuple[int, int, int]`, *optional*): how many of each kind there are; counted by default. What is asked
+        numbers (`tuple[int, ...]`, *optional*): how many of each kind there are; counted by default. What is asked
             of a layout while a device computes is answered from these, without a wait.
     """
 
     kinds: torch.Tensor
     frames: int = 1
     grid: tuple[int, int] | None = None
-    numbers: tuple[int, int, int] = None  # type: ignore[assignment]
+    numbers: tuple[int, ...] = None  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.numbers is None:
-            object.__setattr__(self, "numbers", tuple(self.kinds.bincount(minlength=3).tolist()))
+            object.__setattr__(self, "numbers", tuple(self.kinds.bincount(minlength=4).tolist()))
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -48,7 +49,7 @@ class VisualLayout:
     @classmethod
     def of_patches(cls, count: int, frames: int = 1, grid: tuple[int, int] | None = None) -> VisualLayout:
         """`count` patches and nothing else."""
-        return cls(torch.full((count,), PATCH), frames, grid, (0, count, 0))
+        return cls(torch.full((count,), PATCH), frames, grid, (0, count, 0, 0))
 
     @property
     def has_tiles(self) -> bool:
@@ -58,13 +59,22 @@ class VisualLayout:
         """Whether the tiles leave before anything is encoded."""
         return pruning.enabled and pruning.tiles == "base" and self.has_tiles
 
+    def where_needed(self, pruning: PruningConfig) -> bool:
+        """Whether the tiles wait for what the base image says."""
+        return pruning.enabled and pruning.tiles == "where_needed" and self.has_tiles
+
     def scored(self, pruning: PruningConfig) -> torch.Tensor:
         """`(L,)` bool: the tokens that are scored and counted. Row ends never are."""
-        return self.kinds == BASE if self.base_alone(pruning) else self.kinds != NEWLINE
+        return self.kinds == BASE if self.base_alone(pruning) else self.kinds < NEWLINE
 
     def scored_count(self, pruning: PruningConfig) -> int:
         """How many those are."""
-        return self.numbers[BASE] if self.base_alone(pruning) else len(self) - self.numbers[NEWLINE]
+        return self.numbers[BASE] if self.base_alone(pruning) else self.numbers_scored
+
+    @property
+    def numbers_scored(self) -> int:
+        """Tokens that are there, row ends aside."""
+        return self.numbers[BASE] + self.numbers[PATCH]
 
     def keep(
         self,
@@ -224,11 +234,11 @@ class VisualLayout:
         return self.frames if pruning.per_frame else 1
 
 
-def kept_counts(layouts: list[VisualLayout], masks: list[torch.Tensor], pruning: PruningConfig) -> list[int]:
+def kept_counts(layouts: list[VisualLayout], masks: list[torch.Tensor], rules: list[PruningConfig]) -> list[int]:
     """How many tokens of each image stay. Where the settings do not tell, a threshold and `newlines="row"`, the device
     does, asked once for all images."""
     try:
-        return [layout.kept_count(pruning) for layout in layouts]
+        return [layout.kept_count(rule) for layout, rule in zip(layouts, rules)]
     except ValueError:
         return torch.stack([mask.sum() for mask in masks]).tolist()
 

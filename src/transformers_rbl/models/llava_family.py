@@ -209,6 +209,17 @@ class LlavaNextFamily(LlavaFamily):
         strategy = self.strategy(model, arguments)
         return model.pack_image_features(tiles, arguments["image_sizes"], strategy, image_newline=newline)[0]
 
+    def tile_shares(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """By the family's own packing, which down-sampling mixes neighbours in."""
+        counts = self.tiles(model, arguments)
+        tiles = torch.eye(max(counts))
+        own = [
+            tiles[:count, None].expand(-1, length, -1)
+            for count, length in zip(counts, self.tile_lengths(model, arguments))
+        ]
+        packed = self.pack(model, own, torch.zeros(max(counts)), arguments)
+        return [shares[:, :count] for shares, count in zip(packed, counts)]
+
     def _any_shape(self, model: Any, arguments: Arguments) -> bool:
         return False
 

@@ -19,7 +19,7 @@ from .scorers import MERGING, SCORERS, TOWER_NEEDS, chooses, registered_at, scor
 
 
 NEWLINE_POLICIES = ("all", "row", "last")
-TILE_POLICIES = ("all", "base")
+TILE_POLICIES = ("all", "base", "where_needed")
 ORIGIN = "score_from"
 
 
@@ -47,6 +47,9 @@ class PruningConfig:
             patch (the count then depends on the content); `"last"`, one per image. Row-end tokens are never scored.
         tiles (`str`, defaults to `"all"`): `"base"` drops the anyres tiles (with their row ends) before the vision
             tower runs, so that only the base image's tokens are scored and counted.
+            `"where_needed"` (LLaVA-NeXT, OneVision) encodes the base image first and then those tiles alone on whose
+            region of it the rule keeps a token; tokens of the others are dropped, and the number that stays is that of
+            `"all"`.
         per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
         seed (`int`, defaults to 0): draw of `score="random"`: a token's score depends on it, on the token's place in
             its image and on the frame, so that an image keeps the same tokens in any batch.

@@ -417,7 +417,10 @@ def replaced(output: Any, **parts: Any) -> Any:
 
 def without(output: Any, name: str) -> Any:
     """An output of transformers without one of its parts."""
-    return type(output)(**{part: value for part, value in output.items() if part != name})
+    parts = {part: value for part, value in output.items() if part != name}
+    names = {item.name for item in fields(output)}
+    rest = type(output)(**{part: value for part, value in parts.items() if part in names})
+    return replaced(rest, **{part: value for part, value in parts.items() if part not in names})
 
 
 def read_by_stock(features: Any, counted: bool = False) -> Any:

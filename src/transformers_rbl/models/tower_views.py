@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .seam import install_capture
 
@@ -55,8 +56,8 @@ def each_once(model: Any) -> Any:
     def forward(tower: Any, pixel_values: torch.Tensor, **settings: Any) -> Any:
         first, image_of = distinct(pixel_values)
         if len(first) == len(pixel_values):
-            return type(tower).forward(tower, pixel_values, **settings)
-        return _rows(type(tower).forward(tower, pixel_values[first], **settings), torch.tensor(image_of))
+            return tower.forward(pixel_values, **settings)
+        return _rows(tower.forward(pixel_values[first], **settings), torch.tensor(image_of))
 
     return with_forward(model, forward)
 
@@ -67,6 +68,36 @@ def with_forward(model: Any, forward: Callable[..., Any]) -> Any:
     view = _shared(tower)
     vars(view)["forward"] = lambda pixel_values, **settings: forward(tower, pixel_values, **settings)
     return _with(model, "vision_tower", view)
+
+
+def those_needed(model: Any, looked: Any, needed: list[list[bool]]) -> Any:
+    """A view whose vision tower encodes those tiles alone that are needed. The first of each image was encoded before;
+    hidden states of the others are zero.
+
+    Args:
+        model: headless, with a `vision_tower`.
+        looked (`ModelOutput`): what the tower said of the first tiles, with `hidden_states`.
+        needed (`list[list[bool]]`): of each image its tiles, the first one needed.
+    """
+    first = [tile == 0 for image in needed for tile in range(len(image))]
+    rest = [is_needed and tile > 0 for image in needed for tile, is_needed in enumerate(image)]
+
+    def forward(tower: Any, pixel_values: torch.Tensor, **settings: Any) -> Any:
+        rows = [row for row, is_needed in enumerate(rest) if is_needed]
+        found = tower.forward(pixel_values[rows], **settings).hidden_states if rows else looked.hidden_states
+        rows_before = [row for row, is_first in enumerate(first) if is_first]
+        states = []
+        for before, now in zip(looked.hidden_states, found):
+            state = None
+            if before is not None:
+                state = before.new_zeros(len(first), *before.shape[1:])
+                for values, where in ((before, rows_before), (now, rows)):
+                    if where:
+                        state = state.index_copy(0, torch.tensor(where).to(state.device, non_blocking=True), values)
+            states.append(state)
+        return BaseModelOutputWithPooling(hidden_states=tuple(states))
+
+    return with_forward(model, forward)
 
 
 def distinct(images: torch.Tensor) -> tuple[list[int], list[int]]:
