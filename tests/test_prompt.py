@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers_rbl import scatter_to_prompt
 from transformers_rbl.models.memory import CachedPrompt
 from transformers_rbl.models.positions import compact_positions, next_position
-from transformers_rbl.models.prompt import PromptPlan, check_placeholders
+from transformers_rbl.models.prompt import PromptPlan, PromptReading, check_placeholders
 
 
 @st.composite
@@ -106,13 +106,15 @@ def test_attention_mask_of_another_shape_raises():
 
 
 def test_placeholders_must_fit_the_images():
-    slots = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    check_placeholders(slots, [2, 1])
-    check_placeholders(slots, [1, 1, 1])
+    slots = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    per_row = PromptReading(None, (3, 3), {"image": slots}).counts("image")
+    assert per_row == [2, 0, 1]
+    assert check_placeholders(per_row, [2, 1]) == [[0], [], [1]]
+    assert check_placeholders(per_row, [1, 1, 1]) == [[0, 1], [], [2]]
     with pytest.raises(ValueError, match="3 image placeholders.*4"):
-        check_placeholders(slots, [2, 2])
+        check_placeholders(per_row, [2, 2])
     with pytest.raises(ValueError, match="middle of a"):
-        check_placeholders(slots, [1, 2])
+        check_placeholders(per_row, [1, 2])
 
 
 def test_a_cache_that_was_cropped_or_belongs_elsewhere_raises():

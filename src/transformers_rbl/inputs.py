@@ -14,7 +14,7 @@ import torch
 
 from .models.families import FAMILIES
 from .models.layout import VisualLayout
-from .models.modeling_rbl import run_lengths
+from .models.prompt import PromptReading
 from .models.seam import ROLES, Call, Role
 
 
@@ -74,7 +74,8 @@ def image_runs(model: Any, input_ids: torch.Tensor) -> list[int]:
     tiles tell (see [`Family`])."""
     family = FAMILIES.get(model.config.model_type.removesuffix("_rbl"))
     apart = None if family is None else family.apart
-    return run_lengths(input_ids == model.config.image_token_id, apart or 0)
+    slots = {"image": input_ids == model.config.image_token_id}
+    return PromptReading(None, input_ids.shape, slots).runs("image", apart or 0)[0]
 
 
 def layout_of(

@@ -12,6 +12,7 @@ import torch
 
 from transformers_rbl import PruningConfig
 from transformers_rbl.models.family import COPIES
+from transformers_rbl.models.memory import Past
 from transformers_rbl.models.seam import CACHE, CACHE_NAMES, Call, can_chunk_images
 
 from .conftest import ALL, GREEDY, OFF, RATIO, Answer, Kit, generated, same, until_end
@@ -407,7 +408,7 @@ def test_base_images_are_the_thumbnails_where_there_are_any(kit: Kit):
     length = WITH_THUMBNAILS[kit.name]
     pictures, alone = thumbnails(kit, [*kit.one, *kit.two])
     expected = kit.stock.model.get_image_features(**alone, return_dict=True).pooler_output
-    encoded = kit.model._encode(Call.read(inputs), settings, 0)["image"].pooler_output
+    encoded = kit.model.prepare(Call.read(inputs), Past.of(None), settings).call.features["image"].pooler_output
     for picture, mask, tokens, thumbnail in zip(pictures, output.keep_masks, encoded, expected, strict=True):
         first = 0 if kit.name in ("ovis2", "molmo2", "perception_lm") else len(picture) - length
         kept = kit.oracle.keep(replace(picture, parts=[length]), thumbnail, RATIO)

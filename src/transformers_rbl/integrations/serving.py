@@ -55,6 +55,8 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
             f'tiles="base" is not to be had with {family.model_type} models, whose tiles do not say which is the '
             f"thumbnail: {override}."
         )
+    if pruning.tiles == "where_needed":
+        raise ValueError(f'tiles="where_needed" encodes in two steps, and an engine in one: {override}.')
     if pruning.needs_of_tower:
         raise ValueError(
             f"score={pruning.score!r} needs {' and '.join(pruning.needs_of_tower)} of the vision tower (its [cls] "

@@ -133,7 +133,7 @@ class RedundancyCodebook(nn.Module):
             )
         if not self.is_loaded:
             raise ValueError("This codebook's prototypes were never loaded: the model was made from a config alone.")
-        return self.unit_prototypes.to(tokens.device)
+        return self.unit_prototypes.to(tokens.device, non_blocking=True)
 
     def keep_mask(self, tokens: torch.Tensor, pruning: PruningConfig) -> torch.Tensor:
         """Which of one image's tokens `(L, d)` stay under `pruning`: `torch.BoolTensor` of shape `(L,)`."""

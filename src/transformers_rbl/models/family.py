@@ -90,6 +90,23 @@ class Family:
             layouts.append(VisualLayout(torch.cat(kinds)))
         return layouts
 
+    def on_host(self, arguments: Arguments) -> Arguments:
+        """The arguments, with those of which stock asks values behind the tower read before it."""
+        return arguments
+
+    def stopped(self, model: Any, arguments: Arguments) -> tuple[Any, Arguments]:
+        """A view of the headless model whose tower runs no layer that the family does not read, and the arguments for
+        it."""
+        return model, arguments
+
+    def tile_shares(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """Per image `(L, tiles)`: how much of each visual token comes from each tile, the thumbnail first."""
+        raise NotImplementedError(f"{self.model_type} does not tell which tile a token comes from.")
+
+    @property
+    def has_tile_shares(self) -> bool:
+        return type(self).tile_shares is not Family.tile_shares
+
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
         outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)

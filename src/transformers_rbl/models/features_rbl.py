@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -10,11 +11,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .codebook import RedundancyCodebook, choose
-from .layout import VisualLayout
+from .layout import BASE, VisualLayout, kept_counts
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
+from .needed import encoded_alone, needed_tiles, rule_for
 from .pruning import PruningConfig
-from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock
+from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
+from .tower_views import each_once, encoder_path, those_needed
 
 
 def get_image_features(self, *args, pruning: PruningConfig | dict | None = None, **kwargs):
@@ -115,22 +118,44 @@ class RBLModelMixin(RBLMixin):
         return_dict = arguments.pop("return_dict", None)
         if len(arguments[PIXELS[modality]]) == 0:
             raise ValueError(f"{PIXELS[modality]} holds no {modality}: leave it out.")
+        arguments = self.family.on_host(arguments)
         if pruning is not None and pruning.tiles == "base":
             layouts = self.family.layouts_in_prompt(self, modality, arguments, runs)
         else:
             layouts = self.layouts(modality, **arguments)
         base_alone = pruning is not None and any(layout.base_alone(pruning) for layout in layouts or ())
+        shorter = self
         if pruning is not None:
             arguments = {**arguments, **self.family.tower_arguments(pruning)}
-        with stock_alone(self):
+            shorter, arguments = self.family.stopped(self, arguments)
+        encoder = each_once(shorter) if pruning is not None and pruning.encode_once else shorter
+        rules = None
+        with stock_alone(encoder):
+            if (
+                pruning is not None
+                and modality == "image"
+                and any(layout.where_needed(pruning) for layout in layouts or ())
+            ):
+                if encoder_path(self) is None:
+                    raise ValueError(
+                        "tiles='where_needed' needs a CLIP or SigLIP tower that is called as its class says, without "
+                        "hooks of accelerate and outside torch.compile: leave it at 'all'."
+                    )
+                looked = self.family.encode_base(encoder, arguments, layouts or [])
+                layouts, rules, needed = self._where_needed(
+                    looked[TOKENS], looked, layouts or [], pruning, arguments, texts
+                )
+                encoder = those_needed(encoder, looked, needed)
             if base_alone:
-                outputs = self.family.encode_base(self, arguments, layouts or [])
+                outputs = self.family.encode_base(encoder, arguments, layouts or [])
             else:
-                outputs = self.family.encode(self, modality, arguments)
+                outputs = self.family.encode(encoder, modality, arguments)
+        if shorter is not self:
+            outputs = without(outputs, "last_hidden_state")  # of a layer that was not run
         if pruning is not None:
             if not base_alone:
                 outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)
-            self._prune(modality, outputs, layouts, pruning, arguments, base_alone, texts=texts)
+            self._prune(modality, outputs, layouts, rules or pruning, arguments, base_alone, texts=texts)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -164,8 +189,44 @@ class RBLModelMixin(RBLMixin):
         layouts = self.layouts(**arguments)
         pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs, layouts)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
-        self._prune("image", pruned, layouts, pruning, arguments, tower_outputs=hidden, texts=texts)
+        rules = None
+        if any(layout.where_needed(pruning) for layout in layouts or ()):
+            if pruning.needs_of_tower:
+                raise ValueError(
+                    f"score={pruning.score!r} looks at the thumbnail's pass of the tower first under "
+                    "tiles='where_needed': encode with these settings, not before."
+                )
+            base = [tokens[layout.kinds == BASE] for tokens, layout in zip(pruned[TOKENS], layouts or ())]
+            layouts, rules, _ = self._where_needed(base, hidden, layouts or [], pruning, arguments, texts)
+        self._prune("image", pruned, layouts, rules or pruning, arguments, tower_outputs=hidden, texts=texts)
         return pruned
+
+    def _where_needed(
+        self,
+        base: list[torch.Tensor],
+        states: Any,
+        layouts: list[VisualLayout],
+        pruning: PruningConfig,
+        arguments: dict[str, Any],
+        texts: list[tuple[int, torch.Tensor]] | None,
+    ) -> tuple[list[VisualLayout], list[PruningConfig], list[list[bool]]]:
+        """Which tiles are needed, given the tokens of the base images `(n, d)`; of each image its tokens that are there
+        then, and the settings under which as many stay as with all tiles. The device is waited for, once."""
+        look = replace(pruning, tiles="base")
+        shares = self.family.tile_shares(self, arguments)
+        lengths = [len(layout) for layout in layouts]
+        needs = self.scorer_inputs("image", states, look, arguments, lengths, base_alone=True, texts=texts)
+        tiled = [index for index, layout in enumerate(layouts) if layout.has_tiles]
+        parts = [layouts[index].parts(base[index], look, **needs[index]) for index in tiled]
+        kept = torch.cat([part.kept for part in choose([part for [part] in parts], look, self.codebook)]).cpu()
+        kept_of = dict(zip(tiled, kept.split([len(base[index]) for index in tiled])))
+        encoded, rules, needed = list(layouts), [pruning] * len(layouts), [[True] for _ in layouts]
+        for index in tiled:
+            layout, share = layouts[index], shares[index]
+            needed[index] = needed_tiles(kept_of[index], layout, share, pruning.count_of(layout.numbers_scored))
+            encoded[index] = encoded_alone(layout, share, needed[index])
+            rules[index] = rule_for(layout, encoded[index], pruning)
+        return encoded, rules, needed
 
     def scorer_inputs(
         self,
@@ -219,7 +280,7 @@ class RBLModelMixin(RBLMixin):
         modality: str,
         outputs: Any,
         layouts: list[VisualLayout] | None,
-        pruning: PruningConfig,
+        pruning: PruningConfig | list[PruningConfig],
         arguments: dict[str, Any],
         base_alone: bool = False,
         tower_outputs: Any = None,
@@ -230,6 +291,7 @@ class RBLModelMixin(RBLMixin):
         Args:
             outputs: features with a list of tokens per image; those of the base images alone with `base_alone`.
             layouts (`list[VisualLayout]`, *optional*): per image; by default images are patches and nothing else.
+            pruning (`PruningConfig` or a list of them): of all images, or of each.
             tower_outputs: the output that holds the tower's hidden states, by default `outputs`.
             texts (`list[tuple[int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
         """
@@ -237,42 +299,42 @@ class RBLModelMixin(RBLMixin):
         if layouts is None:
             layouts = [VisualLayout.of_patches(len(tokens)) for tokens in images]
         states = outputs if tower_outputs is None else tower_outputs
+        rules = pruning if isinstance(pruning, list) else [pruning] * len(images)
         lengths = [len(layout) for layout in layouts]
-        needs = self.scorer_inputs(modality, states, pruning, arguments, lengths, base_alone, texts)
+        needs = self.scorer_inputs(modality, states, rules[0], arguments, lengths, base_alone, texts)
         parts = []
-        for tokens, layout, inputs in zip(images, layouts, needs, strict=True):
+        for tokens, layout, inputs, rule in zip(images, layouts, needs, rules, strict=True):
             if not base_alone and len(tokens) != len(layout):
                 raise ValueError(
                     f"The {modality} came as {len(tokens)} visual tokens where {len(layout)} were expected: pruning "
                     "does not know this vision tower's layout."
                 )
             if not base_alone:
-                scored = layout.scored(pruning)
-                tokens = tokens[scored.to(tokens.device)]
+                tokens = layout.take_scored(tokens, rule)
                 inputs = {
-                    name: value if name == "question" else value[scored.to(value.device)]
+                    name: value if name == "question" else layout.take_scored(value, rule)
                     for name, value in inputs.items()
                 }
-            parts.append(layout.parts(tokens, pruning, **inputs))
-        chosen = iter(choose([part for image in parts for part in image], pruning, self.codebook))
-        choices = [[next(chosen) for _ in image] for image in parts]
-        masks = [layout.mask(choice, pruning) for layout, choice in zip(layouts, choices)]
-        kept = []
-        for tokens, layout, choice, mask in zip(images, layouts, choices, masks):
-            if base_alone:  # tiles and row ends were never computed: they stand here as what no one reads, and row ends
-                rest = self.image_newline.expand(len(layout) - len(tokens), -1)
-                tokens = torch.cat([tokens, rest.to(tokens)])
-            kept.append(layout.stay(tokens, choice, mask, pruning))
-        outputs[TOKENS] = kept
+            parts.append(layout.parts(tokens, rule, **inputs))
+        if len(set(rules)) == 1:  # images of one size are scored together
+            chosen = iter(choose([part for image in parts for part in image], rules[0], self.codebook))
+            choices = [[next(chosen) for _ in image] for image in parts]
+        else:
+            choices = [choose(image, rule, self.codebook) for image, rule in zip(parts, rules)]
+        masks = [layout.mask(choice, rule) for layout, choice, rule in zip(layouts, choices, rules)]
+        counts = kept_counts(layouts, masks, rules)
+        if base_alone:  # the others were never computed: they stand here as what no one reads, and row ends
+            newline = getattr(self, "image_newline", None)
+            images = [layout.with_unread(tokens, newline, rules[0]) for layout, tokens in zip(layouts, images)]
+
+        def kept(view: list[torch.Tensor]) -> list[torch.Tensor]:
+            images = zip(view, layouts, choices, masks, rules, counts, strict=True)
+            return [layout.stay(tokens, choice, mask, rule, n) for tokens, layout, choice, mask, rule, n in images]
+
+        outputs[TOKENS] = kept(images)
         for name in VIEWS:  # other views of the same tokens
             if outputs.get(name) is not None:
-                outputs[name] = [
-                    [
-                        layout.stay(tokens, choice, mask, pruning)
-                        for tokens, layout, choice, mask in zip(view, layouts, choices, masks, strict=True)
-                    ]
-                    for view in outputs[name]
-                ]
+                outputs[name] = [kept(view) for view in outputs[name]]
         outputs[MASKS[modality]] = masks
 
 

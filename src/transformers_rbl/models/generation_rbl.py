@@ -17,7 +17,7 @@ from .codebook import RedundancyCodebook
 from .loading import stock_alone
 from .memory import Past, forgotten
 from .modeling_rbl import Prepared, RBLMixin, spans
-from .prompt import PromptPlan
+from .prompt import PromptPlan, PromptReading
 from .pruning import PruningConfig
 from .seam import MODALITIES, Call, as_stock, bound, cache_of, can_chunk_images, stock_positions
 
@@ -108,7 +108,7 @@ class RBLGenerationMixin(RBLMixin):
             if original_ids is not None:
                 self._show_original(compact, original_ids, compact_length)
 
-        with forgotten(past.cache):
+        with forgotten(past):
             result = self.stock.generate(self, **compact.arguments())
         return self._in_original_terms(result, prepared, prompt, original_ids, compact_length, seen)
 
@@ -177,7 +177,8 @@ class RBLGenerationMixin(RBLMixin):
             encode = getattr(self.model, f"get_{modality}_features")
             arguments = call.arguments_of_encoder(encode, modality)
             layouts = self.model.layouts(modality, **arguments)
-            columns = self.placeholders(modality, call).nonzero()[:, 1]
+            slots = {modality: self.placeholders(modality, call)}
+            columns = PromptReading(None, call.prompt.shape[:2], slots).all_columns(modality)
             if layouts is None or sum(map(len, layouts)) != len(columns):
                 continue  # the new images alone, or a mismatch, which prepare will name
             places = spans(columns, [len(layout) for layout in layouts], seen, modality)

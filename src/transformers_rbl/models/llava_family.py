@@ -14,6 +14,7 @@ from .layout import BASE, NEWLINE, PATCH, VisualLayout
 from .pruning import PruningConfig
 from .seam import PIXELS, TOKENS
 from .tower import queries_and_keys, received_attention
+from .tower_views import up_to_layer
 
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ class LlavaFamily(Family):
         shapes = self._shapes(model, arguments) if self._any_shape(model, arguments) else [None] * len(labels)
         # Where a family down-samples its grid, interpolation leaves labels a rounding error away from whole numbers.
         return [VisualLayout(kinds[:, 0].round().long(), grid=shape) for kinds, shape in zip(packed, shapes)]
+
+    def stopped(self, model: Any, arguments: Arguments) -> tuple[Any, Arguments]:
+        selected = arguments.get("vision_feature_layer")
+        selected = model.config.vision_feature_layer if selected is None else selected
+        depth = getattr(model.config.vision_config, "num_hidden_layers", None)
+        if depth is None or arguments.get("output_hidden_states"):
+            return model, arguments
+        layers = [layer if layer >= 0 else depth + 1 + layer for layer in layer_list(selected)]
+        view = up_to_layer(model, max(layers))
+        if view is model:
+            return model, arguments
+        # Counted from the front, where a shorter tower's are the same.
+        return view, {**arguments, "vision_feature_layer": layers[0] if isinstance(selected, int) else layers}
 
     def encode_base(self, model: Any, arguments: Arguments, layouts: list[VisualLayout]) -> Any:
         """By the code of LLaVA-1.5, which has no tiles."""
@@ -187,9 +201,24 @@ class LlavaNextFamily(LlavaFamily):
             for size in arguments["image_sizes"]
         ]
 
+    def on_host(self, arguments: Arguments) -> Arguments:
+        sizes = arguments.get("image_sizes")
+        return arguments if sizes is None else {**arguments, "image_sizes": torch.as_tensor(sizes).tolist()}
+
     def pack(self, model: Any, tiles: list[torch.Tensor], newline: torch.Tensor, arguments: Arguments) -> Any:
         strategy = self.strategy(model, arguments)
         return model.pack_image_features(tiles, arguments["image_sizes"], strategy, image_newline=newline)[0]
+
+    def tile_shares(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """By the family's own packing, which down-sampling mixes neighbours in."""
+        counts = self.tiles(model, arguments)
+        tiles = torch.eye(max(counts))
+        own = [
+            tiles[:count, None].expand(-1, length, -1)
+            for count, length in zip(counts, self.tile_lengths(model, arguments))
+        ]
+        packed = self.pack(model, own, torch.zeros(max(counts)), arguments)
+        return [shares[:, :count] for shares, count in zip(packed, counts)]
 
     def _any_shape(self, model: Any, arguments: Arguments) -> bool:
         return False

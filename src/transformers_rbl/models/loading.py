@@ -183,6 +183,11 @@ class LoadingMixin(Mixed):
                 f"tiles='base' is not to be had with {self.family.model_type} models: nothing tells which of an image's"
                 " tiles is the thumbnail. Leave it at 'all', or switch tiles off in the processor."
             )
+        if pruning.tiles == "where_needed" and not self.family.has_tile_shares:
+            raise ValueError(
+                f"tiles='where_needed' is not to be had with {self.family.model_type} models: it is for those of "
+                "LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision. Leave it at 'all'."
+            )
         if self.base_model.codebook is None and pruning.needs_codebook:
             raise ValueError(
                 "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "

@@ -135,13 +135,12 @@ class Past:
 
 
 @contextmanager
-def forgotten(cache: Any) -> Iterator[None]:
+def forgotten(past: Past) -> Iterator[None]:
     """While generation or a stock forward runs on compact prompts, its cache is an ordinary one."""
-    memory = CachedPrompt.of(cache)
-    if memory is not None:
-        del cache.pruned_prompt
+    if past.memory is not None:
+        del past.cache.pruned_prompt
     try:
         yield
     finally:
-        if memory is not None:
-            cache.pruned_prompt = memory
+        if past.memory is not None:
+            past.cache.pruned_prompt = past.memory

@@ -8,16 +8,18 @@ its placeholders, features without to one that fits them already.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.utils.generic import ModelOutput
 
+from .family import CHUNKS
+from .layout import on_device
 from .loading import LoadingMixin, inherit_key_conversion, stock_alone
 from .memory import Past, forgotten
 from .positions import compact_positions, next_position
-from .prompt import PromptPlan, check_placeholders, full_length, kept_rows
+from .prompt import PromptPlan, PromptReading, check_placeholders, full_length, kept_rows
 from .pruning import PruningConfig
 from .seam import (
     ALONG,
@@ -32,9 +34,11 @@ from .seam import (
     bound,
     cache_of,
     check_stock,
+    is_counted,
     read_by_stock,
     replaced,
     stock_positions,
+    with_features,
 )
 
 
@@ -61,7 +65,7 @@ class Prepared:
         nothing had to leave too, where positions do not follow from the number of entries (m-RoPE)."""
         memory, positions = self.past.memory, self.call.position_ids
         own_positions = positions is not None and positions.ndim == 3
-        if self.plan is not None and cache is not None and (own_positions or not self.plan.kept.all()):
+        if self.plan is not None and cache is not None and (own_positions or not self.plan.keeps_all):
             length = self.plan.mask.shape[1]
             upcoming = next_position(self.plan, None if positions is None else positions[..., -length:])
             self.plan.remember(input_ids, upcoming).repeat(times).attach(cache)
@@ -94,7 +98,7 @@ class RBLMixin(LoadingMixin):
         past = Past.of(call.cache)
         if past.memory is None and not self.prunes(call, pruning):
             with stock_alone(self):
-                outputs = self.stock.forward(self, **self._as_stock_reads(call).arguments())
+                outputs = self._run(call)
             if "labels" in call.along and isinstance(outputs, ModelOutput) and self._labels_beside(pruning):
                 outputs["labels"] = call.along["labels"]  # as in batches with images: Trainer gathers them beside these
             return outputs
@@ -106,9 +110,11 @@ class RBLMixin(LoadingMixin):
         if call.position_ids is None:
             call.position_ids = stock_positions(self, call, past, seen=0)
         prepared = self.prepare(call, past, pruning)
-        call = self._as_stock_reads(prepared.call)
-        with forgotten(past.cache):
-            outputs = self.stock.forward(self, **call.arguments(), return_dict=True)
+        call = prepared.call
+        if prepared.plan is not None and prepared.plan.is_full and past.cache is None:
+            call.attention_mask = None  # it says nothing, and stock would wait for the device to learn that
+        with forgotten(past):
+            outputs = self._run(call, return_dict=True)
         prepared.remember(cache_of(outputs), original_ids if past.length == 0 else None)
         extras: dict[str, Any] = {**prepared.masks, "prompt_mask": prepared.prompt_mask}
         if "labels" in call.along:
@@ -149,26 +155,41 @@ class RBLMixin(LoadingMixin):
         if past.memory is not None and call.pixels:
             self.refuse_another_question(pruning)
         call = call.copy()
-        features = self._encode(call, pruning, seen)
-        if seen:
-            features = self._beyond_cache(features, call, seen)
-        for name in ("input_ids", "inputs_embeds"):
-            if seen and getattr(call, name) is not None:
-                setattr(call, name, getattr(call, name)[:, seen:])
+        visual = [modality for modality in MODALITIES if modality in call.features or modality in call.pixels]
+        slots = {modality: self.placeholders(modality, call) for modality in visual}
+        reading = PromptReading(call.attention_mask, call.prompt.shape[:2], slots, past.length, seen)
         if past.memory is not None:
             past.memory.check(len(call.prompt))
-        slots, dropped = self._dropped(features, call)
-        if self.family.row_marks:
-            dropped = dropped | self._dropped_row_marks(slots, dropped, features, pruning)
+        features = self._encode(call, pruning, reading)
+        if seen:
+            features = _beyond_cache(features, reading)
+            slots = {modality: where[:, seen:] for modality, where in slots.items()}
+            for name in ("input_ids", "inputs_embeds"):
+                if getattr(call, name) is not None:
+                    setattr(call, name, getattr(call, name)[:, seen:])
         masks = {key: features[m][key] for m, key in MASKS.items() if key in features.get(m, {})}
+        lost = _lost(features, reading)
+        dropped = torch.zeros(call.prompt.shape[:2], dtype=torch.bool, device=call.prompt.device)
+        for modality, key in MASKS.items():
+            if masks.get(key):
+                gone = ~torch.cat([on_device(mask, dropped) for mask in masks[key]])
+                dropped = dropped.masked_scatter(slots[modality], gone)
+        settings = self.active_pruning(pruning)
+        marked = self.family.row_marks and settings is not None and settings.newlines != "all"
+        if settings is not None and marked:
+            dropped = dropped | self._dropped_row_marks(slots, dropped, features, settings.newlines)
         plan, prompt_mask = None, torch.ones_like(dropped)
         own_positions = call.position_ids is not None and call.position_ids.ndim == 3
-        if past.memory is not None or dropped.any() or own_positions:
-            plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory)
-            features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
+        if past.memory is not None or any(lost) or own_positions or marked:
+            # How many tokens of a partly hidden image stay, and marks of its rows, is for the device to say.
+            lost = None if reading.hidden or marked else lost
+            plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory, reading, lost)
+            if reading.hidden:
+                features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)
             prompt_mask = plan.kept
-        call.features = {m: read_by_stock(output) for m, output in features.items() if len(output[TOKENS])}
+        counted = {m: MASKS[m] in output and m in slots for m, output in features.items()}
+        call.features = {m: read_by_stock(output, counted[m]) for m, output in features.items() if len(output[TOKENS])}
         return Prepared(call, past, plan, masks, prompt_mask)
 
     def placeholders(self, modality: str, call: Call) -> torch.Tensor:
@@ -228,7 +249,7 @@ class RBLMixin(LoadingMixin):
     def _encoder(self, modality: str) -> Any:
         return getattr(self.base_model, f"get_{modality}_features")
 
-    def _encode(self, call: Call, pruning: PruningConfig | None, seen: int) -> dict[str, Any]:
+    def _encode(self, call: Call, pruning: PruningConfig | None, reading: PromptReading) -> dict[str, Any]:
         """Visual features by modality, encoded here or passed in. Pixels leave the call."""
         features, call.features = call.features, {}
         if features and pruning is not None:
@@ -240,66 +261,31 @@ class RBLMixin(LoadingMixin):
             if modality in features:
                 raise ValueError(f"Give either {PIXELS[modality]} or mm_encoder_outputs for the {modality}s, not both.")
             arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
-            slots = self.placeholders(modality, call)
             apart = self.family.apart
-            runs = None if apart is None else [run_lengths(part, apart) for part in (slots, slots[:, seen:])]
+            runs = None if apart is None else reading.runs(modality, apart)
             texts = self.prompt_texts(modality, call) if self.reads_question(pruning) else None
             features[modality] = self.base_model.features(modality, arguments, pruning, runs, texts)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features
 
-    def _beyond_cache(self, features: dict[str, Any], call: Call, seen: int) -> dict[str, Any]:
-        """Without the features whose placeholders the cache holds already."""
-        for modality, key in MASKS.items():
-            if modality not in features:
-                continue
-            output, columns = features[modality], self.placeholders(modality, call).nonzero()[:, 1]
-            lengths = [len(tokens) for tokens in output.get(key) or output[TOKENS]]
-            if sum(lengths) != len(columns):
-                continue  # the new images alone, or a mismatch, which _dropped will name
-            new = [i for i, (first, _) in enumerate(spans(columns, lengths, seen, modality)) if first >= seen]
-            parts = {name: [output[name][i] for i in new] for name in (TOKENS, key) if name in output}
-            parts |= {n: [[view[i] for i in new] for view in output[n]] for n in VIEWS if output.get(n) is not None}
-            features = {**features, modality: replaced(output, **parts)}
-        return features
-
-    def _dropped(self, features: dict[str, Any], call: Call) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Placeholders by modality, and those of dropped visual tokens, `(batch, L)` bool. Placeholders and images that
-        do not match raise."""
-        dropped = torch.zeros(call.prompt.shape[:2], dtype=torch.bool, device=call.prompt.device)
-        slots = {modality: self.placeholders(modality, call) for modality in features}
-        for modality, key in MASKS.items():
-            if modality in features and key in features[modality] and len(features[modality][key]):
-                masks = features[modality][key]
-                check_placeholders(slots[modality], [len(mask) for mask in masks], modality)
-                dropped[slots[modality]] = ~torch.cat(list(masks)).to(dropped.device)
-        return slots, dropped
-
     def _dropped_row_marks(
-        self,
-        slots: dict[str, torch.Tensor],
-        dropped: torch.Tensor,
-        features: dict[str, Any],
-        pruning: PruningConfig | None,
+        self, slots: dict[str, torch.Tensor], dropped: torch.Tensor, features: dict[str, Any], newlines: str
     ) -> torch.Tensor:
         """`(batch, L)` bool: row ends written as text that leave with their rows, by `newlines` of the settings."""
-        settings, marks = self.active_pruning(pruning), torch.zeros_like(dropped)
-        if settings is None or settings.newlines == "all":
-            return marks
+        marks = torch.zeros_like(dropped)
         for modality, key in MASKS.items():
             if masks := features.get(modality, {}).get(key):
                 placed = slots[modality]
-                images = torch.zeros_like(placed, dtype=torch.long)
-                lengths = torch.tensor([len(mask) for mask in masks], device=placed.device)
-                images[placed] = torch.arange(len(masks), device=placed.device).repeat_interleave(lengths)
+                numbers = torch.cat([torch.full((len(mask),), number) for number, mask in enumerate(masks)])
+                images = torch.zeros_like(placed, dtype=torch.long).masked_scatter(placed, on_device(numbers, placed))
                 kept = placed & ~dropped
-                marks |= row_marks(placed, images) if settings.newlines == "last" else empty_rows(placed, images, kept)
+                marks |= row_marks(placed, images) if newlines == "last" else empty_rows(placed, images, kept)
         return marks
 
     def _compact(self, call: Call, plan: PromptPlan) -> None:
         """Take dropped placeholders out of everything in the call that runs along the prompt."""
         length = plan.kept.shape[1]
-        if call.attention_mask is not None or not plan.attention_mask.all():
+        if call.attention_mask is not None or not plan.is_full:
             dtype = torch.long if call.attention_mask is None else call.attention_mask.dtype
             call.attention_mask = plan.attention_mask.to(dtype)
         if isinstance(call.rows, torch.Tensor):
@@ -312,29 +298,31 @@ class RBLMixin(LoadingMixin):
             call.inputs_embeds = plan.take(call.inputs_embeds)
         call.along = {name: plan.take(values[:, -length:], ALONG[name]) for name, values in call.along.items()}
 
-    def _as_stock_reads(self, call: Call) -> Call:
-        """Visual features in the shape that stock `forward` reads; `generate` needs them apart, to repeat rows."""
+    def _run(self, call: Call, **settings: Any) -> Any:
+        """Stock `forward`. Features that were counted are put in their places here: stock would ask the device whether
+        they fit, and wait. Where it reads them for more than their places, it gets them as they are."""
+        counted = all(is_counted(output) for output in call.features.values())
         features = {}
         for modality, output in call.features.items():
-            if not isinstance(output[TOKENS], torch.Tensor):
+            if not isinstance(output[TOKENS], torch.Tensor):  # apart, as `generate` needs them to repeat rows
                 output = replaced(output, **{TOKENS: self.family.joined(modality, list(output[TOKENS]))})
             features[modality] = output
-        call = call.copy()
-        call.features = features
-        return call
+        call = replace(call, features=features)
+        if not features or not counted or CHUNKS in self.family.refuses:
+            return self.stock.forward(self, **call.arguments(), **settings)
+        embeds = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
+        for modality, output in features.items():
+            tokens = output[TOKENS]
+            tokens = tokens.flatten(0, -2) if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+            tokens = tokens.to(embeds.device, embeds.dtype, non_blocking=True)
+            embeds = embeds.masked_scatter(self.placeholders(modality, call)[..., None], tokens)
+        call = replace(call, input_ids=None, inputs_embeds=embeds, features={})
+        return with_features(self.stock.forward(self, **call.arguments(), **settings), features)
 
     def _labels_beside(self, pruning: PruningConfig | None) -> bool:
         """Whether outputs carry the labels that belong to their logits."""
         pruning = self.pruning if pruning is None else pruning
         return pruning is not None and pruning.enabled and not self.config.full_length_logits
-
-
-def run_lengths(slots: torch.Tensor, apart: int = 0) -> list[int]:
-    """Numbers of True in the runs of each row of `slots` `(batch, L)`, in order. A run goes on behind `apart` False."""
-    padded = torch.nn.functional.pad(slots, (apart + 1, 0))
-    before = padded.unfold(1, apart + 1, 1)[:, :-1].any(-1)
-    run = (slots & ~before).flatten().cumsum(0)
-    return torch.bincount(run[slots.flatten()])[1:].tolist()
 
 
 def row_marks(slots: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -354,7 +342,7 @@ def empty_rows(slots: torch.Tensor, images: torch.Tensor, kept: torch.Tensor) ->
     return row_marks(slots, images) & (count.gather(1, row) == 0)
 
 
-def spans(columns: torch.Tensor, lengths: list[int], seen: int, modality: str) -> list[tuple[int, int]]:
+def spans(columns: list[int], lengths: list[int], seen: int, modality: str) -> list[tuple[int, int]]:
     """First and last column of each image's placeholders, given those of all, in order.
 
     Raises:
@@ -362,12 +350,40 @@ def spans(columns: torch.Tensor, lengths: list[int], seen: int, modality: str) -
     """
     places, start = [], 0
     for length in lengths:
-        first, last = int(columns[start]), int(columns[start + length - 1])
+        first, last = columns[start], columns[start + length - 1]
         if first < seen <= last:
             raise ValueError(f"The cache ends in the middle of an {modality}: start with a new cache.")
         places.append((first, last))
         start += length
     return places
+
+
+def _beyond_cache(features: dict[str, Any], reading: PromptReading) -> dict[str, Any]:
+    """Without the features whose placeholders the cache holds already."""
+    for modality, key in MASKS.items():
+        if modality not in features:
+            continue
+        output, columns, seen = features[modality], reading.all_columns(modality), reading.seen
+        lengths = [len(tokens) for tokens in output.get(key) or output[TOKENS]]
+        if sum(lengths) != len(columns):
+            continue  # the new images alone, or a mismatch, which _lost will name
+        new = [i for i, (first, _) in enumerate(spans(columns, lengths, seen, modality)) if first >= seen]
+        parts = {name: [output[name][i] for i in new] for name in (TOKENS, key) if name in output}
+        parts |= {n: [[view[i] for i in new] for view in output[n]] for n in VIEWS if output.get(n) is not None}
+        features = {**features, modality: replaced(output, **parts)}
+    return features
+
+
+def _lost(features: dict[str, Any], reading: PromptReading) -> list[int]:
+    """Visual tokens that pruning drops from each row, told by shapes alone. Placeholders and images that do not match
+    raise."""
+    lost = [0] * len(reading.attended)
+    for modality, key in MASKS.items():
+        if modality in features and features[modality].get(key):
+            before, after = ([len(part) for part in features[modality][name]] for name in (key, TOKENS))
+            for row, images in enumerate(check_placeholders(reading.counts(modality), before, modality)):
+                lost[row] += sum(before[image] - after[image] for image in images)
+    return lost
 
 
 def _attended(output: Any, placed: torch.Tensor, kept: torch.Tensor) -> Any:

@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 
+from .layout import on_device
 from .memory import CachedPrompt
+
+
+class PromptReading:
+    """What the host has to know of a prompt, read from the device in one transfer, before anything is encoded.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, cached + new)`, *optional*).
+        shape (`tuple[int, int]`): `(batch, L)` of the prompt, whole or what is new of it.
+        slots (`dict[str, torch.BoolTensor]`): by modality `(batch, L)`, where the prompt waits for visual tokens.
+        start (`int`): original positions that a cache stands for.
+        seen (`int`): leading columns of the prompt that are among those.
+
+    Attributes:
+        columns (`dict[str, list[list[int]]]`): by modality and row, where the placeholders are.
+        attended (`list[int]`): attended positions beyond the cache, per row.
+        hidden (`bool`): whether the mask hides placeholders there.
+        right_padded (`bool`): whether the prompt is padded on its right.
+
+    Raises:
+        ValueError: if `attention_mask` has another shape.
+    """
+
+    def __init__(
+        self,
+        attention_mask: torch.Tensor | None,
+        shape: tuple[int, int],
+        slots: dict[str, torch.Tensor] | None = None,
+        start: int = 0,
+        seen: int = 0,
+    ):
+        (batch, length), slots = shape, slots or {}
+        if attention_mask is not None and attention_mask.shape != (batch, start + length - seen):
+            raise ValueError(
+                f"Pruning needs an attention_mask of shape {(batch, start + length - seen)}, (batch, original length); "
+                f"got {tuple(attention_mask.shape)}."
+            )
+        mask = [] if attention_mask is None else [attention_mask[:, -length:].bool()]
+        views = [*slots.values(), *mask]
+        on_host = torch.stack([view.to(views[0].device) for view in views]).cpu() if views else None
+        attended = torch.ones(shape, dtype=torch.bool) if on_host is None or not mask else on_host[-1]
+        by_modality = {} if on_host is None else dict(zip(slots, on_host))
+        self.seen = seen
+        self.columns = {name: [row.nonzero()[:, 0].tolist() for row in rows] for name, rows in by_modality.items()}
+        self.attended: list[int] = attended[:, seen:].sum(-1).tolist()
+        self.hidden = any(bool((rows & ~attended)[:, seen:].any()) for rows in by_modality.values())
+        self.right_padded = start == 0 and length > 0 and bool(attended[:, 0].all() and not attended[:, -1].all())
+
+    def all_columns(self, modality: str) -> list[int]:
+        """Columns of the placeholders of all rows, in order."""
+        return [column for row in self.columns[modality] for column in row]
+
+    def counts(self, modality: str) -> list[int]:
+        """Placeholders beyond the cache, per row."""
+        return [sum(column >= self.seen for column in row) for row in self.columns[modality]]
+
+    def runs(self, modality: str, apart: int = 0) -> list[list[int]]:
+        """Lengths of the runs of placeholders, of the whole prompt and of what a cache does not hold of it. A run goes
+        on behind `apart` other tokens."""
+        rows = self.columns[modality]
+        new = [[column for column in row if column >= self.seen] for row in rows]
+        return [run_lengths(rows, apart), run_lengths(new, apart)]
 
 
 class PromptPlan:
@@ -19,6 +79,9 @@ class PromptPlan:
             included. Padding leaves the prompt too, and returns as far as rows of different length need it.
         start (`int`, defaults to 0): original positions that the cache stands for.
         memory ([`CachedPrompt`], *optional*): what is known of them.
+        reading ([`PromptReading`], *optional*): what the host has read of the prompt.
+        lost (`list[int]`, *optional*): attended visual tokens that leave each row. With `reading` this tells all that
+            the host needs, and the device is asked for nothing.
 
     Attributes:
         kept (`torch.BoolTensor` of shape `(batch, n)`): attended and not dropped.
@@ -26,6 +89,8 @@ class PromptPlan:
         mask (`torch.BoolTensor` of shape `(batch, compact)`): True where there is a token, False at padding.
         attention_mask (`torch.BoolTensor` of shape `(batch, cached + compact)`): the mask that goes with the compact
             prompt.
+        keeps_all (`bool`): nothing leaves the prompt.
+        is_full (`bool`): the compact prompt, which continues no cache, has no padding.
 
     Raises:
         ValueError: if `attention_mask` has another shape.
@@ -37,23 +102,24 @@ class PromptPlan:
         attention_mask: torch.Tensor | None = None,
         start: int = 0,
         memory: CachedPrompt | None = None,
+        reading: PromptReading | None = None,
+        lost: list[int] | None = None,
     ):
         batch, length = dropped.shape
+        reading = reading or PromptReading(attention_mask, (batch, length), start=start)
         self.past = memory or CachedPrompt.empty(batch, dropped.device)
         if attention_mask is None:
             attended = torch.ones(batch, start + length, dtype=torch.bool, device=dropped.device)
-        elif attention_mask.shape == (batch, start + length):
-            attended = attention_mask.to(dropped.device).bool()
         else:
-            raise ValueError(
-                f"Pruning needs an attention_mask of shape {(batch, start + length)}, (batch, original length); "
-                f"got {tuple(attention_mask.shape)}."
-            )
+            attended = on_device(attention_mask, dropped).bool()
         known = self.past.kept.shape[1]
         self.decoded = attended[:, known:start]
         self.kept, self.dropped = attended[:, start:] & ~dropped, attended[:, start:] & dropped
-        right_padded = start == 0 and length > 0 and bool(attended[:, 0].all() and not attended[:, -1].all())
-        self.index, self.mask = _compact_index(self.kept, right_padded)
+        counts = self.kept.sum(-1)
+        rows = counts.tolist() if lost is None else [n - gone for n, gone in zip(reading.attended, lost)]
+        self.keeps_all = rows == [length] * batch
+        self.is_full = start == 0 and len(set(rows)) <= 1
+        self.index, self.mask = _compact_index(self.kept, counts, max(rows, default=0), reading.right_padded)
         self.attention_mask = torch.cat([self.past.mask, self.decoded, self.mask], dim=1)
 
     def take(self, tensor: torch.Tensor, fill: float = 0) -> torch.Tensor:
@@ -117,32 +183,53 @@ def scatter_to_prompt(
     return scattered.masked_fill(~covered.view(shape), 0 if isinstance(fill, str) else fill)
 
 
-def check_placeholders(slots: torch.Tensor, counts: list[int], modality: str = "image") -> None:
-    """Raise unless the placeholders `slots` `(batch, L)` bool have room for visual inputs of `counts` tokens, none
-    split."""
-    per_row = slots.sum(-1).tolist()
+def check_placeholders(per_row: list[int], counts: list[int], modality: str = "image") -> list[list[int]]:
+    """Raise unless rows with `per_row` placeholders have room for visual inputs of `counts` tokens, none split.
+
+    Returns:
+        `list[list[int]]`: the numbers of each row's visual inputs.
+    """
     if sum(per_row) != sum(counts):
         raise ValueError(
             f"The prompt has {sum(per_row)} {modality} placeholders, but its {len(counts)} {modality}(s) have "
             f"{sum(counts)} visual tokens: use the checkpoint's own processor, and as many images as placeholders."
         )
-    ends = set(accumulate(counts, initial=0))
-    for row, end in enumerate(accumulate(per_row)):
-        if end not in ends:
+    rows: list[list[int]] = []
+    image = 0
+    for row, room in enumerate(per_row):
+        first = image
+        while room > 0:
+            room -= counts[image]
+            image += 1
+        if room < 0:
             raise ValueError(
                 f"The {modality} placeholders of prompt {row} end in the middle of a {modality}: prompts and "
                 f"{modality}s are not in the same order."
             )
+        rows.append(list(range(first, image)))
+    return rows
 
 
-def _compact_index(kept: torch.Tensor, right_padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    counts = kept.sum(-1, keepdim=True)
-    length = int(counts.max()) if kept.numel() else 0
+def run_lengths(rows: list[list[int]], apart: int = 0) -> list[int]:
+    """How many columns are in each run of each row, in order; a run goes on behind `apart` other columns."""
+    lengths: list[int] = []
+    for row in rows:
+        for before, column in zip([-apart - 2, *row], row):
+            if column - before <= apart + 1:
+                lengths[-1] += 1
+            else:
+                lengths.append(1)
+    return lengths
+
+
+def _compact_index(
+    kept: torch.Tensor, counts: torch.Tensor, length: int, right_padded: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     front = (~kept).long().argsort(dim=-1, stable=True)  # kept positions first, in order
     place = torch.arange(length, device=kept.device).expand(len(kept), -1)
     if not right_padded:
-        place = place - (length - counts)
-    mask = (place >= 0) & (place < counts)
+        place = place - (length - counts)[:, None]
+    mask = (place >= 0) & (place < counts[:, None])
     return front.gather(1, place.clamp(0, max(kept.shape[1] - 1, 0))).masked_fill(~mask, 0), mask
 
 

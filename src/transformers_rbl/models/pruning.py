@@ -19,7 +19,7 @@ from .scorers import MERGING, SCORERS, TOWER_NEEDS, chooses, registered_at, scor
 
 
 NEWLINE_POLICIES = ("all", "row", "last")
-TILE_POLICIES = ("all", "base")
+TILE_POLICIES = ("all", "base", "where_needed")
 ORIGIN = "score_from"
 
 
@@ -47,9 +47,15 @@ class PruningConfig:
             patch (the count then depends on the content); `"last"`, one per image. Row-end tokens are never scored.
         tiles (`str`, defaults to `"all"`): `"base"` drops the anyres tiles (with their row ends) before the vision
             tower runs, so that only the base image's tokens are scored and counted.
+            `"where_needed"` (LLaVA-NeXT, OneVision) encodes the base image first and then those tiles alone on whose
+            region of it the rule keeps a token; tokens of the others are dropped, and the number that stays is that of
+            `"all"`.
         per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
         seed (`int`, defaults to 0): draw of `score="random"`: a token's score depends on it, on the token's place in
             its image and on the frame, so that an image keeps the same tokens in any batch.
+        encode_once (`bool`, defaults to `True`): images, tiles and frames of one call that are equal pixel for pixel
+            pass the vision tower once (CLIP and SigLIP towers, outside training). Finding them reads a few pixels of
+            each before the tower runs.
         enabled (`bool`, defaults to `True`): `False` makes the model the stock model.
 
     Raises:
@@ -65,6 +71,7 @@ class PruningConfig:
     tiles: str = "all"
     per_frame: bool = True
     seed: int = 0
+    encode_once: bool = True
     enabled: bool = True
 
     def __post_init__(self):
@@ -93,7 +100,7 @@ class PruningConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.threshold is not None and chooses(self.score):
             raise ValueError(f"score={self.score!r} chooses a number of tokens and has no threshold: give keep_ratio.")
-        for name in ("per_frame", "enabled"):
+        for name in ("per_frame", "encode_once", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
 

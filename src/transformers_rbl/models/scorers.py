@@ -116,7 +116,7 @@ def codebook_coverage(tokens: torch.Tensor, unit_prototypes: torch.Tensor, count
 def random_scores(tokens: torch.Tensor, seed: int, frame: int) -> torch.Tensor:
     """Uniform in [0, 1): the baseline that any rule has to beat (upstream's `random_patch`)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + frame)
-    return torch.rand(len(tokens), generator=generator).to(tokens.device)
+    return torch.rand(len(tokens), generator=generator).to(tokens.device, non_blocking=True)
 
 
 def low_cls_similarity(cls_similarity: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,11 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 
+try:  # how stock records hidden states, by hooks that it installs once a module
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks as install_capture
+except ImportError:
+    install_capture = None
+
 logger = logging.get_logger(__name__)
 
 NEWEST_TESTED = "5.24"
@@ -410,8 +415,20 @@ def replaced(output: Any, **parts: Any) -> Any:
     return output
 
 
-def read_by_stock(features: Any) -> Any:
+def without(output: Any, name: str) -> Any:
+    """An output of transformers without one of its parts."""
+    parts = {part: value for part, value in output.items() if part != name}
+    names = {item.name for item in fields(output)}
+    rest = type(output)(**{part: value for part, value in parts.items() if part in names})
+    return replaced(rest, **{part: value for part, value in parts.items() if part not in names})
+
+
+def read_by_stock(features: Any, counted: bool = False) -> Any:
     """Encoded features with those parts alone that a stock forward reads, our masks left out.
+
+    Args:
+        features (`ModelOutput`): of `get_image_features` or `get_video_features`.
+        counted (`bool`): whether they were found to fit the prompt that they go with, see [`is_counted`].
 
     Raises:
         ValueError: for a part of which it is not known whether it goes with the tokens.
@@ -423,7 +440,29 @@ def read_by_stock(features: Any) -> Any:
             " does not know whether that goes with the tokens: upgrade it, or switch pruning off."
         )
     needed = {part.name: None for part in fields(features) if part.default is MISSING}  # timm's output has one
-    return type(features)(**needed | {name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features})
+    parts = {name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features}
+    read = type(features)(**needed | parts)
+    read.counted = counted and all(features.get(name) is None for name in (*VIEWS, *ASIDE))
+    return read
+
+
+def is_counted(features: Any) -> bool:
+    """Whether these are visual tokens and nothing else, and as many as their prompt has places: it is noted on the
+    object, which `generate` hands from the encoder to `forward`, and lost on every copy."""
+    return getattr(features, "counted", False)
+
+
+def with_features(outputs: Any, features: dict[str, Any]) -> Any:
+    """An output of `forward` with the visual features that stock hands on in it."""
+    names = {item.name for item in fields(outputs)}
+    for modality, output in features.items():
+        if f"{modality}_outputs" in names:
+            outputs[f"{modality}_outputs"] = output
+        elif f"{modality}_hidden_states" in names:  # until transformers 5.24
+            tokens = output[TOKENS]
+            tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+            outputs[f"{modality}_hidden_states"] = tokens
+    return outputs
 
 
 def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tensor | None:
@@ -448,7 +487,7 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     if rope is None:
         return None
     names = _argument_names(rope)
-    described = {name: value for name, value in call.visual.items() if name in names}
+    described = {name: on_host(value) for name, value in call.visual.items() if name in names}
     grids = {kind: described[f"{kind}_grid_thw"] for kind in MODALITIES if f"{kind}_grid_thw" in described}
     if not grids:
         if call.features:
@@ -464,7 +503,9 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     length = call.input_ids.shape[1]
     if types.shape[1] < length:
         raise ValueError(f"{TYPES} of shape {tuple(types.shape)} does not cover a prompt of {length} tokens.")
-    types, mask = types[:, -length:], None if call.attention_mask is None else call.attention_mask[:, -length:]
+    # On the host: stock's function, like ours, asks for values all along.
+    mask = None if call.attention_mask is None else on_host(call.attention_mask[:, -length:])
+    ids, types = on_host(call.input_ids), on_host(types[:, -length:])
     shown = types if mask is None else types * mask
     merge = model.base_model.config.vision_config.spatial_merge_size
     is_whole = past.length == 0 or (seen > 0 and _missing(shown, grids, merge) is None)
@@ -479,12 +520,17 @@ def stock_positions(model: Any, call: Call, past: Any, seen: int) -> torch.Tenso
     own_mask = None if mask is None else mask[:, first:]
     along = {TYPES: types[:, first:], "attention_mask": own_mask}
     try:
-        positions, _ = rope(call.input_ids[:, first:], **described, **along)
+        positions = rope(ids[:, first:], **described, **along)[0].to(call.input_ids.device)
     except (RuntimeError, StopIteration) as error:  # as many tokens in all, but not in each prompt
         raise ValueError(
             "The images' grids do not fit the prompts in their order: give images as prompts name them."
         ) from error
     return positions if is_whole else positions + past.memory.position_at(past.length, call.attention_mask)[:, None]
+
+
+def on_host(value: Any) -> Any:
+    """A tensor where its values can be read without a wait; anything else as it is."""
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _missing(shown: torch.Tensor, grids: dict[str, torch.Tensor], merge: int) -> str | None:

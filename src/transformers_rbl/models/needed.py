@@ -1,0 +1,58 @@
+"""`tiles="where_needed"`: the thumbnail is encoded first, and a tile only where the thumbnail keeps a token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .layout import ABSENT, PATCH, VisualLayout
+from .pruning import PruningConfig
+
+
+def needed_tiles(base_kept: torch.Tensor, layout: VisualLayout, shares: torch.Tensor, count: int | None) -> list[bool]:
+    """Which tiles of an image are encoded: the thumbnail, those on whose region of it a token stays, and then the first
+    others, until there are as many tokens as are to stay.
+
+    Args:
+        base_kept (`torch.BoolTensor` of shape `(n,)`): tokens of the thumbnail that the rule keeps, on the CPU.
+        layout ([`VisualLayout`]): of the image, with tiles.
+        shares (`torch.Tensor` of shape `(L, tiles)`): how much of each visual token comes from each tile, the thumbnail
+            first.
+        count (`int`, *optional*): how many scored tokens stay; None under a threshold.
+    """
+    rows, columns = (place := layout.grids["tiles"]).shape
+    kept = base_kept.view(layout.grids["base"].shape)
+    needed = [True] + [False] * (shares.shape[1] - 1)
+    for tile in range(1, shares.shape[1]):
+        inside = shares[place, tile] > 0
+        if not inside.any():
+            continue
+        region = [
+            slice(int(where[0]) * cells // size, -(-(int(where[-1]) + 1) * cells // size))
+            for where, cells, size in (
+                (inside.any(1).nonzero()[:, 0], kept.shape[0], rows),
+                (inside.any(0).nonzero()[:, 0], kept.shape[1], columns),
+            )
+        ]
+        needed[tile] = bool(kept[region[0], region[1]].any())
+    for tile in range(1, shares.shape[1]):
+        if count is None or encoded_alone(layout, shares, needed).numbers_scored >= count:
+            break
+        needed[tile] = True
+    return needed
+
+
+def encoded_alone(layout: VisualLayout, shares: torch.Tensor, needed: list[bool]) -> VisualLayout:
+    """The layout with those tokens ABSENT that come, wholly or in part, from tiles that are not encoded."""
+    missing = shares[:, ~torch.tensor(needed)].sum(1) > 0
+    kinds = torch.where(missing & (layout.kinds == PATCH), ABSENT, layout.kinds)
+    return replace(layout, kinds=kinds, numbers=None)
+
+
+def rule_for(layout: VisualLayout, encoded: VisualLayout, pruning: PruningConfig) -> PruningConfig:
+    """The settings under which the tokens that were encoded keep as many as all tokens would have kept."""
+    if pruning.keep_ratio is None:
+        return pruning
+    count = pruning.count_of(layout.numbers_scored)
+    return replace(pruning, keep_ratio=min(1.0, count / encoded.numbers_scored))
