@@ -48,9 +48,11 @@ class Kit:
 
     def load(self, **kwargs: Any) -> Any:
         """A pruned model of its own."""
-        return self.full.from_pretrained(
-            self.folder, **{"codebook": self.codebook, "keep_ratio": RATIO} | kwargs
-        ).eval()
+        return self.load_from(self.folder, **kwargs)
+
+    def load_from(self, source: str | Path, **kwargs: Any) -> Any:
+        settings = {"codebook": self.codebook, "keep_ratio": RATIO} | kwargs
+        return self.full.from_pretrained(source, **settings).eval()
 
     @cached_property
     def stock(self) -> Any:

@@ -96,7 +96,8 @@ def test_beams_with_several_sequences_equal_single(kit: Kit):
 
 @pytest.mark.parametrize("prompt", ["one", "two"])
 def test_beams_equal_stock_on_compact_embeddings(kit: Kit, prompt: str):
-    """Where stock's beams take embeddings alone; two images of one prompt are refused where stock mixes them."""
+    """Where they take no embeddings (deepstack, masks of images), on compact ids beside the visual tokens that stay. Two
+    images of one prompt are refused where stock mixes them."""
     state = kit.oracle.prepare(getattr(kit, prompt), RATIO)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
     if COPIES in kit.model.family.refuses and prompt == "two":
@@ -104,15 +105,21 @@ def test_beams_equal_stock_on_compact_embeddings(kit: Kit, prompt: str):
             with pytest.raises(ValueError, match="prompts of one image"):
                 kit.answers(kit.model, kit.two, **copies)
         return
-    if state.deepstack or kit.name in ("gemma3", "gemma4", "paligemma"):
-        pytest.skip("Stock generate takes no deepstack rows or masks of images beside inputs_embeds.")
     along: dict[str, Any] = {kit.case.types: state.told} if kit.case.types else {}
     if state.positions is not None:
         along["position_ids"] = torch.cat([torch.arange(len(state.places))[None, None], state.positions])
     mask = torch.ones_like(state.ids)
-    expected = kit.stock.generate(inputs_embeds=state.embeds, attention_mask=mask, **along, **GREEDY | beams)
+    compact: dict[str, Any] = {"inputs_embeds": state.embeds}
+    if state.deepstack or kit.name in ("gemma3", "gemma4", "paligemma"):
+        tokens = state.embeds[0, state.types[0] > 0]
+        parts: dict[str, Any] = {"pooler_output": tokens[None] if kit.model.family.stacked else [tokens]}
+        parts |= {"deepstack_features": [[layer] for layer in state.deepstack]} if state.deepstack else {}
+        made = type(kit.oracle.features(getattr(kit, prompt))["image"]["output"])
+        compact = {"input_ids": state.ids, "mm_encoder_outputs": {"image": made(**parts)}}
+    expected = kit.stock.generate(**compact, attention_mask=mask, **along, **GREEDY | beams)
+    start = len(state.places) if "input_ids" in compact else 0
     answers = kit.answers(kit.model, getattr(kit, prompt), **beams)
-    assert [answer.tokens for answer in answers] == [until_end(row) for row in expected.tolist()]
+    assert [answer.tokens for answer in answers] == [until_end(row) for row in expected[:, start:].tolist()]
 
 
 def test_two_images_of_one_prompt_are_refused_only_where_stock_mixes_them(kit: Kit):

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 import transformers_rbl
 from transformers_rbl.models.auto_rbl import family_class, rbl_class
 from transformers_rbl.models.families import FAMILIES
+from transformers_rbl.models.seam import VIEWS
 
 from .conftest import GREEDY, RATIO, Kit, generated, same
 from .tiny import CASES, SPECIAL
@@ -140,11 +141,7 @@ def test_classes_are_imported_and_pickled_by_name(kit: Kit):
         assert pickle.loads(pickle.dumps(made)) is made
 
 
-CODE = [
-    pytest.param(name, marks=() if name == "qwen3_vl" else pytest.mark.slow)
-    for name, case in CASES.items()
-    if case.core
-]
+CODE = [pytest.param(name, marks=() if name == "qwen3_vl" else pytest.mark.slow) for name in CASES]
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -227,6 +224,13 @@ def test_deepstack_rows_go_with_their_tokens(kits: Callable[[str], Kit]):
     for views, stock in zip(ours.deepstack_features, whole.deepstack_features):
         for view, tokens, mask in zip(views, stock, ours.keep_masks, strict=True):
             assert torch.equal(view, tokens[mask]) and len(view) < len(tokens)
+
+
+def test_no_family_joins_tiles_that_have_further_views(kit: Kit):
+    """Tokens of tiles are joined to images, views of theirs (deepstack) are not: a family with both would raise."""
+    with torch.no_grad():
+        output = kit.stock.model.get_image_features(**kit.case.visual([kit.one]), return_dict=True)
+    assert kit.model.family.apart is None or all(output.get(name) is None for name in VIEWS)
 
 
 def test_types_of_tokens_are_required_where_positions_depend_on_them(kit: Kit):

@@ -15,7 +15,7 @@ from transformers_rbl.models.seam import CACHE
 
 from .conftest import ALL, GREEDY, RATIO, Answer, Kit, generated, same
 from .test_contracts import FOUR, continued, outcome, skip_where_stock_sees_one_way
-from .tiny import CASES, Picture, Prompt, words
+from .tiny import CASES, Picture, Prompt, drawing, words
 
 
 WITH_VIDEO = [
@@ -52,6 +52,27 @@ def by_frame(prompt: Prompt, kit: Kit) -> Prompt:
 def expected_of(kit: Kit, prompt: Prompt, per_frame: bool = True) -> Answer:
     """The oracle's answer; frames have budgets of their own by default."""
     return Answer(*kit.oracle.greedy(kit.oracle.prepare(by_frame(prompt, kit) if per_frame else prompt, RATIO)))
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+def test_frames_that_come_as_images_have_an_images_budget_each(name: str, kits: Callable[[str], Kit]):
+    """Behind a timestamp each, in a prompt with an image in tiles; in a batch, and behind a cache."""
+    kit = kits(name)
+    frames = [kit.case.image((1, 1), drawing(torch.Generator().manual_seed(seed))) for seed in range(3)]
+    film = [item for number, frame in enumerate(frames) for item in (words(2, number), frame)]
+    prompt, other = [*film, kit.pictures[0], words(3, 5)], [words(3), *film, words(4, 6)]
+    output = kit.model(**kit.inputs(prompt))
+    tiles = len(kit.pictures[0].parts)
+    assert [len(mask) for mask in output.keep_masks] == [16] * 3 + [len(kit.pictures[0]) // tiles] * tiles
+    assert same(kit.answers(kit.model, prompt), [expected_of(kit, prompt)])
+    single = [answer for one in (prompt, other) for answer in kit.answers(kit.model, one)]
+    assert same(kit.answers(kit.model, prompt, other), single)
+    first, more = kit.inputs(prompt), [[words(2, 6), frames[0], words(3, 7)]]
+    begun = kit.model.generate(**first, **FOUR, return_dict_in_generate=True)
+    said = begun.sequences[0, first["input_ids"].shape[1] :].tolist()
+    inputs = continued(kit, begun.sequences, first, more, kit.case.visual(more))
+    expected = expected_of(kit, [*prompt, said, *more[0]])
+    assert same(generated(kit.model, inputs, **{CACHE: begun[CACHE]}), [expected])
 
 
 def test_layouts_are_those_of_stock_features(kit: Kit):
