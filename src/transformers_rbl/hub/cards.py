@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -88,6 +89,38 @@ machines without the package, save or push the model with `with_code=True`, and 
 `trust_remote_code=True`.
 """
     return ModelCard(text)
+
+
+def save_with_card(codebook: RedundancyCodebook, folder: Path) -> bool:
+    """Write a codebook and its card to a folder; a README.md that somebody else wrote, or changed, stays.
+
+    Args:
+        codebook ([`RedundancyCodebook`]): to save.
+        folder (`Path`): made if missing.
+
+    Returns:
+        `bool`: whether the card was written.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    is_ours = _card_is_ours(folder)
+    codebook.save_pretrained(folder)
+    if is_ours:
+        (folder / "README.md").write_text(codebook_card(codebook).content, encoding="utf-8")
+    return is_ours
+
+
+def _card_is_ours(folder: Path) -> bool:
+    """Whether a folder has no README.md, or exactly the card of the codebook in it."""
+    readme = folder / "README.md"
+    if not readme.exists():
+        return True
+    try:
+        said = codebook_card(RedundancyCodebook.from_pretrained(folder)).content
+        return readme.read_text(encoding="utf-8") == said
+    except (OSError, ValueError):  # no codebook, or not one that this version reads: no card of ours either
+        return False
 
 
 def codebook_card(
