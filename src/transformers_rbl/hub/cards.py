@@ -131,19 +131,19 @@ def codebook_card(
     Args:
         codebook ([`RedundancyCodebook`]): whatever it knows of itself is told; nothing is made up.
         repo_id (`str`): where the snippet loads it from.
-        license (`str`, *optional*): for the metadata.
+        license (`str`, *optional*): for the metadata; default that of the release which it was converted from.
 
     Returns:
         `huggingface_hub.ModelCard`, with YAML metadata.
     """
     base = codebook.base_model
+    built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
     data = ModelCardData(
         base_model=base,
         library_name="transformers_rbl",
-        license=license,
+        license=license or built.get("source", {}).get("license"),
         tags=["visual-token-pruning", "redundancy-codebook", "llava"],
     )
-    built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
     model = base or "path/to/the/model"
     argument = _setting(codebook) or "keep_ratio=0.2"
     text = f"""---
@@ -188,6 +188,8 @@ def _codebook_rows(codebook: RedundancyCodebook) -> list[tuple[str, str]]:
         rows.append(("shown a prototype alone, the model says", words))
     if {"file", "sha256"} <= source.keys():
         rows.append(("converted from", f"{source['file']}, sha256 {source['sha256']}"))
+    if {"repository", "commit", "license"} <= source.keys():
+        rows.append(("released at", f"{source['repository']}, commit {source['commit']}, {source['license']}"))
     return rows
 
 
