@@ -24,7 +24,7 @@ from transformers_rbl.evaluation.metrics import (
     yes_no,
 )
 from transformers_rbl.evaluation.plots import plot_accuracy, plot_frames, plot_kept, plot_retentions
-from transformers_rbl.evaluation.questions import Question
+from transformers_rbl.evaluation.questions import Question, question_count, read_questions
 from transformers_rbl.evaluation.timing import compare_prefills
 from transformers_rbl.models.layout import NEWLINE
 from transformers_rbl.models.scorers import SCORERS, chooses
@@ -262,7 +262,7 @@ def test_the_evaluate_command(family, files, tmp_path):
     rules = "--keep-ratio 0.5 --keep-ratio 0.2 --threshold 0.3 --score cosine --score random".split()
     metrics = "--metric exact --metric yes_no --max-new-tokens 3".split()
     output = run(*arguments, "--out", tmp_path, *rules, *metrics)
-    assert output.exit_code == 0, output.output
+    assert output.exit_code == 0 and "6/6" in output.stderr, output.output
     found = json.loads((tmp_path / "results.json").read_text())
     assert [entry["name"] for entry in found["results"]] == [
         "unpruned",
@@ -281,7 +281,7 @@ def test_the_evaluate_command(family, files, tmp_path):
 def test_baselines_are_evaluated_without_a_codebook(family, files, tmp_path):
     arguments = ("evaluate", "--model", family.folder, "--data", files / "data.jsonl", "--out", tmp_path, "--limit", 2)
     assert run(*arguments, "--score", "diversity", "--keep-ratio", 0.3).exit_code == 0
-    assert "no codebook" in run(*arguments).stderr
+    assert "no codebook" in run(*arguments, "--out", tmp_path / "other").stderr
 
 
 def test_every_score_is_run_or_listed_with_the_reason(family, files, tmp_path):
@@ -373,6 +373,15 @@ def test_the_table_shows_shares_of_the_unpruned_model():
     assert dict(zip(columns, rows[0]))["exact, of unpruned"].startswith("100.0%")
     assert dict(zip(columns, rows[1]))["exact"].startswith("25.0% [")
     assert dict(zip(columns, rows[1]))["exact, of unpruned"].startswith("50.0% [")
+
+
+def test_a_missing_image_names_its_row(tmp_path):
+    rows = [{"image": name, "question": "?", "answer": "x"} for name in ("a.png", "gone.png")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match=r"image of row 1 of .*data\.jsonl cannot be read: .*gone\.png"):
+        list(read_questions(tmp_path / "data.jsonl"))
+    assert question_count(tmp_path / "data.jsonl") == 2 and question_count(tmp_path / "data.jsonl", limit=1) == 1
 
 
 def test_images_stand_where_the_question_puts_them(family):

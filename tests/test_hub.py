@@ -395,6 +395,18 @@ def test_no_downloaded_pickle_is_opened(hub, next_family, pushed, tmp_path):
     assert not mark.exists()
 
 
+def test_the_command_line_says_a_404_and_a_401_in_words(hub, next_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
+    result = CliRunner().invoke(app, ["inspect", "org/missing"])
+    assert result.exit_code == 2 and "org/missing is neither a folder here nor a repository" in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("rbl: ")]) == 1
+    next_family.codebook.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    result = CliRunner().invoke(app, ["publish", str(tmp_path), "org/refused"])
+    assert result.exit_code == 2 and "The Hub refuses this for org/refused (40" in result.stderr, result.output
+    assert "hf auth login" in result.stderr and "org/refused" not in hub.repositories
+
+
 def test_publishing_a_folder(hub, next_family, tmp_path, monkeypatch):
     folder = tmp_path / "book"
     next_family.codebook.save_pretrained(folder)

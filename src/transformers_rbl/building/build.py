@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..hub.cards import codebook_card
+from ..hub.cards import save_with_card
 from ..models.codebook import RedundancyCodebook
 from ..models.llava_family import LlavaFamily, LlavaNextFamily
 from .images import ImageSource
@@ -34,11 +34,13 @@ class Probed:
 
     Args:
         new, known (`int`): images probed now, and found in records of an earlier run.
+        held_out (`int`): images kept from probing, whose tokens are in the records.
         skipped (`list[tuple[str, str]]`): images that could not be read, and why.
     """
 
     new: int = 0
     known: int = 0
+    held_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -108,10 +110,11 @@ def probe_images(
     unprobed = held_out(len(images), recipe)
     mine = range(processes.index, len(images), processes.count)
     todo = [index for index in mine if records.read(index) is None]
-    result = Probed(known=len(mine) - len(todo))
+    read = set(mine) - set(todo)
+    result = Probed(known=len(read - unprobed), held_out=len(read & unprobed))
     skipped: list[tuple[int, str, str]] = []
     quiet = not progress or processes.index > 0
-    with tqdm(total=len(mine), initial=result.known, unit="image", disable=quiet) as bar:
+    with tqdm(total=len(mine), initial=len(read), unit="image", disable=quiet) as bar:
         for index, name, image in images.items(todo):
             if isinstance(image, Exception):
                 skipped.append((index, name, f"{type(image).__name__}: {image}".splitlines()[0]))
@@ -120,13 +123,14 @@ def probe_images(
                     shown = show(model, processor, recipe.prompt, image)
                 if index in unprobed:
                     records.write_held_out(index, name, shown.tokens)
+                    result.held_out += 1
                 else:
                     records.write(index, prober.probe(name, shown, _decoder(tokenizer)))
                     result.new += 1
             bar.update()
-    shares = processes.gather([(result.new, result.known, skipped)])
-    result.new, result.known = sum(new for new, _, _ in shares), sum(known for _, known, _ in shares)
-    result.skipped = [(name, why) for _, name, why in sorted(item for _, _, items in shares for item in items)]
+    shares = processes.gather([(result.new, result.known, result.held_out, skipped)])
+    result.new, result.known, result.held_out = (sum(share[place] for share in shares) for place in range(3))
+    result.skipped = [(name, why) for _, name, why in sorted(item for *_, items in shares for item in items)]
     processes.wait()
     return result
 
@@ -167,6 +171,12 @@ def build_codebook(
         EmptyCodebookError: if no token meets every condition.
         OSError: if records are missing that the probing wrote, or a file cannot be written.
     """
+    if probed is not None and probed.skipped and probed.new + probed.known == 0:
+        name, reason = probed.skipped[0]
+        raise ValueError(
+            f"None of {len(probed.skipped)} images could be read (the first, {name}: {reason}): mend them, or give "
+            "others, and run the same command again."
+        )
     probes, unprobed = read_records(records)
     missing = records.run["images"]["count"] - len(probes) - len(unprobed)
     if probed is not None and missing > len(probed.skipped):
@@ -192,9 +202,7 @@ def build_codebook(
             "words": dict(_commonest_words(probes, selection)),
         },
     )
-    out.mkdir(parents=True, exist_ok=True)
-    book.save_pretrained(out)
-    write_whole(out / "README.md", str(codebook_card(book)).encode())
+    save_with_card(book, out)
     write_whole(out / PROVENANCE_NAME, provenance_table(probes, selection, recipe).encode())
     write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
     write_report(out, book, probes, unprobed, selection, recipe, missing, probed.skipped if probed else [])

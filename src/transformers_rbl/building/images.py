@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from ..models.names import looks_local
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -125,7 +127,7 @@ def open_dataset(source: str | os.PathLike[str], split: str, streaming: bool = F
         if split not in saved:
             raise ValueError(f"{name} has the splits {', '.join(map(str, saved))}, not {split}.")
         return saved[split]
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if not path.is_dir() and looks_local(name):
         raise OSError(f"{name} is no file, folder or dataset.")
     try:
         # One split is one dataset, which the function's return type cannot say.

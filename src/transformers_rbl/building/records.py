@@ -37,7 +37,7 @@ class Records:
         saved = self._read_run()
         if run is not None:
             self.run = _as_json(run)
-            if saved is not None:
+            if saved is not None and any(self.folder.glob("*.safetensors")):
                 _check_same(saved, self.run, self.folder)
         elif saved is not None:
             self.run = saved
@@ -120,8 +120,10 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
-    except OSError:
+    except OSError as error:
         half.unlink(missing_ok=True)
+        if error.filename is None and error.errno is not None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

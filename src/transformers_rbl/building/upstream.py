@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..models.codebook import RedundancyCodebook
+from ..models.pruning import PruningConfig
 
 
 def convert_upstream(
@@ -37,19 +38,28 @@ def convert_upstream(
         OSError: if a file cannot be read.
         ValueError: if it holds anything but such a tensor, or as many image ids; the message names the file.
     """
+    for name, setting in (("keep_ratio", recommended_keep_ratio), ("threshold", recommended_threshold)):
+        if setting is not None:
+            PruningConfig(**{name: setting})  # out of range, it is not the file's fault
     file = Path(path)
     content = file.read_bytes()
+    if content.lstrip()[:1] in (b"[", b"{"):
+        raise ValueError(f"{file} is JSON: the codebook is the .pt beside it, and a list of image ids is --image-ids.")
     try:
         prototypes = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file} cannot be read as tensors alone ({reason}): truncated, not a file of torch.save, or it holds "
-            "objects, which are never unpickled here."
+            f"{file} cannot be read as tensors alone: truncated, not a file of torch.save, or it holds objects, which "
+            "are never unpickled here."
         ) from error
     source: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     if isinstance(prototypes, torch.Tensor):
         source["dtype"] = str(prototypes.dtype).removeprefix("torch.")
+        if prototypes.ndim == 2 and len(prototypes) == 1:
+            raise ValueError(
+                f"{file} holds one row, as the pad token's embedding does: the codebook is the .pt whose rows are the "
+                "prototypes."
+            )
     if image_ids is not None:
         source["image_ids"] = _read_ids(Path(image_ids), len(prototypes))
     try:

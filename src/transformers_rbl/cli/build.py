@@ -10,21 +10,25 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from .output import claim
 from .shared import (
     Device,
     Dtype,
     ImageColumn,
+    Overwrite,
     RecommendedRatio,
     RecommendedThreshold,
     Split,
     Streaming,
     app,
-    is_hub_id,
+    check_setting,
     load_stock,
     need_matplotlib,
     one_sentence,
 )
 
+
+WRITTEN = ("codebook.json", "codebook.safetensors", "provenance.csv", "recipe.yaml", "report.md", "report")
 
 if TYPE_CHECKING:
     from ..building.build import Probed
@@ -58,6 +62,7 @@ def build(
     base_model: Annotated[str | None, typer.Option(help="Hub id to record; default --model, if it is one.")] = None,
     keep_ratio: RecommendedRatio = None,
     threshold: RecommendedThreshold = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Build a codebook: probe images with a model, cluster, select. A killed build goes on where it stopped.
 
@@ -65,16 +70,15 @@ def build(
     """
     from ..building.build import Processes, build_codebook, probe_images
     from ..building.images import ImageSource
-    from ..building.records import Records, check_probed_as
-    from ..models.pruning import PruningConfig
+    from ..building.records import RUN_NAME, Records, check_probed_as
+    from ..models.names import looks_local
 
     if (from_records is None) == (model is None):
         raise ValueError("Give --model and --images to probe, or --from-records to select again.")
-    if keep_ratio is not None:
-        PruningConfig(keep_ratio=keep_ratio)  # out of range, it raises before hours of work
-    if threshold is not None:
-        PruningConfig(threshold=threshold)
+    check_setting(keep_ratio, threshold)
     need_matplotlib()
+    goes_on = (out / "records" / RUN_NAME).is_file()
+    claim(out, WRITTEN, overwrite or goes_on)
     processes = Processes()
     try:
         if from_records is not None:
@@ -98,7 +102,7 @@ def build(
             if processes.index > 0:
                 return
             records, name = Records(folder), model
-        if base_model is None and is_hub_id(name):
+        if base_model is None and not looks_local(name):
             base_model = name
         book, selection = build_codebook(records, chosen, out, base_model, keep_ratio, threshold, probed)
         Console().print(summary(out, book, selection, probed))
@@ -136,8 +140,8 @@ def summary(out: Path, book: RedundancyCodebook, selection: Selection, probed: P
     """What a build came to, to print: images, tokens left after every condition, prototypes."""
     table = Table(title=str(out), show_header=False)
     if probed is not None:
-        counts = f"{probed.new} probed, {probed.known} from records, {len(probed.skipped)} unreadable"
-        table.add_row("images", counts)
+        counts = f"{probed.new} probed, {probed.known} from records, {probed.held_out} held out, "
+        table.add_row("images", f"{counts}{len(probed.skipped)} unreadable")
         for name, reason in probed.skipped[:5]:
             table.add_row("  unreadable", f"{name}: {reason}")
     for name, count in selection.funnel:

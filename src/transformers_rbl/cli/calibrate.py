@@ -52,7 +52,8 @@ def calibrate(
     from ..building.images import ImageSource
     from ..evaluation.calibrate import image_scores, lowest_retention, threshold_for
     from ..evaluation.evaluate import evaluate as ask_under_rules
-    from ..evaluation.questions import read_questions
+    from ..evaluation.questions import question_count, read_questions
+    from ..hub.cards import save_with_card
     from ..models.codebook import RedundancyCodebook
     from ..models.pruning import PruningConfig
 
@@ -82,7 +83,7 @@ def calibrate(
         assert data is not None  # one of both is given
         rules = [PruningConfig(keep_ratio=ratio) for ratio in keep_ratio or KEEP_RATIOS]
         questions = read_questions(data, image_column, question_column, answer_column, split, limit)
-        progress = tqdm(questions, unit="question", total=limit)
+        progress = tqdm(questions, unit="question", total=question_count(data, split, limit))
         results, references = ask_under_rules(loaded, processor, progress, rules, [metric], max_new_tokens, suffix)
         lowest = lowest_retention(results, share, metric)
         if lowest is None:
@@ -97,5 +98,5 @@ def calibrate(
     if write and codebook is not None:
         book = RedundancyCodebook.from_pretrained(codebook)
         book.recommended_keep_ratio, book.recommended_threshold = rule.keep_ratio, rule.threshold
-        book.save_pretrained(codebook)
+        save_with_card(book, Path(codebook))
         console.print(f"written into {codebook}")

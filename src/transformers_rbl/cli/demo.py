@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -35,4 +36,20 @@ def demo(
     from ..demo import launch, load_demo
 
     check_placement(dtype, device)
+    if port is not None:
+        check_port(host or "127.0.0.1", port)
     launch(load_demo(model, codebook, images, device, dtype), host, port, share)
+
+
+def check_port(host: str, port: int) -> None:
+    """A port that the page can be served at, before the model loads.
+
+    Raises:
+        OSError: if it is taken, or may not be used.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise OSError(f"--port {port} of {host} cannot be had ({error.strerror}): give another one.") from error

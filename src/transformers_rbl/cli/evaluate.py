@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from .output import claim
 from .shared import (
     KEEP_RATIOS,
     AnyModel,
     Codebook,
     Device,
     Dtype,
+    Overwrite,
     Split,
     Streaming,
     Suffix,
     app,
     check_metrics,
+    check_placement,
     load_pruned,
     need_matplotlib,
     one_sentence,
@@ -58,11 +62,12 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Dtype = "auto",
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """What pruning costs: accuracy against retention, for many rules on one pass over the images."""
     from ..evaluation.evaluate import evaluate as ask_under_rules
     from ..evaluation.evaluate import prompt_inputs, refusal, table_rows, write_results
-    from ..evaluation.questions import read_questions
+    from ..evaluation.questions import question_count, read_questions
     from ..models.pruning import PruningConfig
     from ..models.scorers import SCORERS
 
@@ -81,9 +86,12 @@ def evaluate(
         for ratio in ratios
     ]
     rules += [PruningConfig(threshold=value, tiles=tiles, newlines=newlines, seed=seed) for value in threshold or ()]
-    loaded, processor = load_pruned(model, codebook, dtype, device)
     if streaming and limit is None:
         raise ValueError("A streamed dataset has no known length: give --limit.")
+    check_placement(dtype, device)
+    claim(out, ("results.md", "results.json", "accuracy.png"), overwrite)
+    count = question_count(data, split, limit, streaming)
+    loaded, processor = load_pruned(model, codebook, dtype, device)
     questions = read_questions(data, image_column, question_column, answer_column, split, limit, streaming)
     refused: dict[str, str] = {}
     if every:
@@ -99,7 +107,7 @@ def evaluate(
             raise ValueError(f"This model can run no rule: {next(iter(refused.values()))}")
     for rule in rules:
         loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
-    progress = tqdm(questions, unit="question", total=limit)
+    progress = tqdm(questions, unit="question", total=count)
     results, references = ask_under_rules(loaded, processor, progress, rules, metrics, max_new_tokens, suffix)
     about = {
         "model": model,
@@ -111,12 +119,19 @@ def evaluate(
     }
     write_results(out, results, references, about)
     columns, rows = table_rows(results, references)
-    table = Table(title=escape(f"{model} on {data}, {len(references)} questions; [95% interval]"))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
+    table = narrow_table(f"{model} on {data}, {len(references)} questions; [95% interval]", columns, rows)
     Console().print(table)
     for name, sentence in refused.items():
         Console().print(escape(f"{name} was not run: {sentence}"))
     Console().print(f"[bold]{out / 'results.md'}[/bold], results.json, accuracy.png")
+
+
+def narrow_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """Results for a terminal of 80 columns: intervals go below what they are of."""
+    table = Table(title=escape(title), box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(escape(column.replace(" ", "\n")), justify="right", no_wrap=True)
+    for name, *figures in rows:
+        table.add_row(escape(name), *(escape(figure.replace(" ", "\n")) for figure in figures))
+    return table

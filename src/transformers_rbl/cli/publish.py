@@ -24,9 +24,19 @@ def publish(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
+
     from ..hub.publish import files_to_publish
     from ..hub.publish import publish as upload
+    from ..models.names import hub_words
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ValueError(
+            f"{repo!r} is no repository's name: give one such as org/rbl-codebook, of letters, digits and . _ -."
+        ) from None
     table = Table(title=f"{folder} as {repo}")
     table.add_column("file")
     table.add_column("bytes", justify="right")
@@ -36,5 +46,8 @@ def publish(
     if dry_run:
         Console().print("Nothing was uploaded.")
         return
-    info = upload(folder, repo, private or None, None, revision, create_pr, message)
+    try:
+        info = upload(folder, repo, private or None, None, revision, create_pr, message)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise OSError(hub_words(error, repo)) from error
     Console().print(f"[bold]{info.pr_url or info.commit_url}[/bold]")

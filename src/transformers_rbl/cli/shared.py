@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -28,20 +27,30 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 ImageColumn = Annotated[str, typer.Option(help="Of a dataset, the column with images.")]
 RecommendedRatio = Annotated[float | None, typer.Option(help="Keep ratio to recommend, in (0, 1].")]
 RecommendedThreshold = Annotated[float | None, typer.Option(help="Cosine threshold to recommend.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that an earlier run has written.")]
 Split = Annotated[str, typer.Option(help="Of a dataset.")]
 Streaming = Annotated[bool, typer.Option(help="Read a Hub dataset without downloading it first.")]
 Suffix = Annotated[str, typer.Option(help="Added to every question.")]
 
+# What a command that Ctrl-C stops has to say, where it isn't that nothing was written.
+GOES_ON = {
+    "build": "Images that were probed stay so: run the same command to go on.",
+    "demo": "The page is closed.",
+    "publish": "What was uploaded stays: run the same command to go on.",
+}
 KEEP_RATIOS = (0.5, 0.33, 0.22, 0.15, 0.1, 0.05)  # tried unless others are given
 
 
 def one_sentence(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Bad input ends a command with one sentence and status 2, not with a traceback."""
+    """Bad input ends a command with one sentence and status 2, not with a traceback; Ctrl-C with one and status 130."""
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print(f"\nrbl: stopped. {GOES_ON.get(command.__name__, 'Nothing was written.')}", file=sys.stderr)
+            raise typer.Exit(130) from None
         except (ValueError, OSError, SafetensorError) as error:
             lines = str(error).strip().splitlines()
             print(f"rbl: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
@@ -60,9 +69,20 @@ def need_matplotlib() -> None:
         raise ValueError("The report's pictures need matplotlib: pip install transformers_rbl[build].")
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a checkpoint's name is one of the Hub's, not a folder's."""
-    return not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+def check_setting(keep_ratio: float | None, threshold: float | None) -> None:
+    """A setting to recommend, before hours of work.
+
+    Raises:
+        ValueError: for one out of range; the message names the option.
+    """
+    from ..models.pruning import PruningConfig
+
+    for option, setting in (("keep-ratio", keep_ratio), ("threshold", threshold)):
+        if setting is not None:
+            try:
+                PruningConfig(**{option.replace("-", "_"): setting})
+            except ValueError as error:
+                raise ValueError(f"--{option}: {error}") from None
 
 
 def check_metrics(names: list[str]) -> None:
@@ -108,7 +128,10 @@ def load_stock(model: str, dtype: str, device: str, device_map: str | None) -> t
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from ..models.names import check_folder
+
     check_placement(dtype, device)
+    check_folder(model, "a checkpoint")
     loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map).eval()
     if device_map is None:
         loaded = loaded.to(device)

@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from ..building.images import open_dataset
+from ..building.images import READ_ERRORS, open_dataset
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -58,17 +62,45 @@ def read_questions(
         if not cells or not accepted or row[question] is None:
             raise ValueError(f"Row {number} of {source} lacks an image, a question or an answer.")
         folder = Path(source).parent
-        yield Question([_image(cell, folder) for cell in cells], str(row[question]), [str(item) for item in accepted])
+        try:
+            images = [_image(cell, folder) for cell in cells]
+        except READ_ERRORS as error:
+            raise OSError(f"An image of row {number} of {source} cannot be read: {error}") from error
+        yield Question(images, str(row[question]), [str(item) for item in accepted])
+
+
+def question_count(
+    source: str | os.PathLike[str], split: str = "test", limit: int | None = None, streaming: bool = False
+) -> int | None:
+    """How many examples [`read_questions`] gives; None for a streamed dataset without a limit.
+
+    Args:
+        source, split, limit, streaming: as there.
+
+    Raises:
+        OSError, ValueError: as there.
+    """
+    if streaming:
+        return limit
+    path = Path(source)
+    if path.is_file():
+        count = sum(bool(line.strip()) for line in _lines(path))
+    else:
+        count = len(cast("Dataset", open_dataset(source, split)))
+    return count if limit is None else min(count, limit)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no JSON Lines file.") from error
 
 
 def _rows(source: str | os.PathLike[str], split: str, streaming: bool) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no JSON Lines file.") from error
-        for number, line in enumerate(lines):
+        for number, line in enumerate(_lines(path)):
             if line.strip():
                 try:
                     row = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -90,6 +91,38 @@ machines without the package, save or push the model with `with_code=True`, and 
     return ModelCard(text)
 
 
+def save_with_card(codebook: RedundancyCodebook, folder: Path) -> bool:
+    """Write a codebook and its card to a folder; a README.md that somebody else wrote, or changed, stays.
+
+    Args:
+        codebook ([`RedundancyCodebook`]): to save.
+        folder (`Path`): made if missing.
+
+    Returns:
+        `bool`: whether the card was written.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    is_ours = _card_is_ours(folder)
+    codebook.save_pretrained(folder)
+    if is_ours:
+        (folder / "README.md").write_text(codebook_card(codebook).content, encoding="utf-8")
+    return is_ours
+
+
+def _card_is_ours(folder: Path) -> bool:
+    """Whether a folder has no README.md, or exactly the card of the codebook in it."""
+    readme = folder / "README.md"
+    if not readme.exists():
+        return True
+    try:
+        said = codebook_card(RedundancyCodebook.from_pretrained(folder)).content
+        return readme.read_text(encoding="utf-8") == said
+    except (OSError, ValueError):  # no codebook, or not one that this version reads: no card of ours either
+        return False
+
+
 def codebook_card(
     codebook: RedundancyCodebook, repo_id: str = "path/to/this/codebook", license: str | None = None
 ) -> ModelCard:
@@ -98,19 +131,19 @@ def codebook_card(
     Args:
         codebook ([`RedundancyCodebook`]): whatever it knows of itself is told; nothing is made up.
         repo_id (`str`): where the snippet loads it from.
-        license (`str`, *optional*): for the metadata.
+        license (`str`, *optional*): for the metadata; default that of the release which it was converted from.
 
     Returns:
         `huggingface_hub.ModelCard`, with YAML metadata.
     """
     base = codebook.base_model
+    built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
     data = ModelCardData(
         base_model=base,
         library_name="transformers_rbl",
-        license=license,
+        license=license or built.get("source", {}).get("license"),
         tags=["visual-token-pruning", "redundancy-codebook", "llava"],
     )
-    built = {name: value for name, value in codebook.built_with.items() if isinstance(value, dict)}
     model = base or "path/to/the/model"
     argument = _setting(codebook) or "keep_ratio=0.2"
     text = f"""---
@@ -155,6 +188,8 @@ def _codebook_rows(codebook: RedundancyCodebook) -> list[tuple[str, str]]:
         rows.append(("shown a prototype alone, the model says", words))
     if {"file", "sha256"} <= source.keys():
         rows.append(("converted from", f"{source['file']}, sha256 {source['sha256']}"))
+    if {"repository", "commit", "license"} <= source.keys():
+        rows.append(("released at", f"{source['repository']}, commit {source['commit']}, {source['license']}"))
     return rows
 
 

@@ -67,7 +67,12 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
     from transformers import AutoConfig
 
     check_folder(pretrained_model_name_or_path, "a checkpoint")
-    model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
+    try:
+        model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
+    except OSError as error:  # without a connection, transformers names no checkpoint
+        if str(pretrained_model_name_or_path) in str(error):
+            raise
+        raise OSError(f"{pretrained_model_name_or_path} is no folder here. {error}") from error
     try:
         return family_class(model_type, allow_untested)
     except ValueError as error:

@@ -157,7 +157,10 @@ class RedundancyCodebook(nn.Module):
         """Write `codebook.safetensors` and `codebook.json` to a folder, made if missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"prototypes": self.prototypes.cpu()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file({"prototypes": self.prototypes.cpu()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one, and it names no file
+            raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}") from error
         count, width = self.prototypes.shape
         card = {"version": FORMAT_VERSION, "num_prototypes": count, "width": width, **self.metadata()}
         (folder / CARD_NAME).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
