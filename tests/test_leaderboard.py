@@ -9,7 +9,7 @@ import torch
 from testbeds.comparison import accuracy
 from testbeds.encoding import encode_all
 from testbeds.leaderboard import answers, command
-from testbeds.leaderboard.answers import MERGES, ORACLE, RESIZED, UNPRUNED, Asked, Scenes
+from testbeds.leaderboard.answers import MERGE_POLICIES, ORACLE, RESIZED, UNPRUNED, Asked, Scenes
 from testbeds.leaderboard.cases import committed_cases
 from testbeds.leaderboard.ledger import Ledger
 from testbeds.leaderboard.page import distance, page, stratified_interval
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_goes_on_and_its_rows_are_those_of_one_run(tmp_pat
     rows = {(row["rule"], row["merge"], row["wanted"]): row for row in whole["rows"]}
     assert rows[(UNPRUNED, "none", 1.0)]["right"] == "".join(str(int(row.sum())) for row in right)
     assert rows[(UNPRUNED, "none", 1.0)]["kept"] == 1 and rows[(UNPRUNED, "none", 1.0)]["found"] == 1
-    for merge in MERGES:
+    for merge in MERGE_POLICIES:
         row = rows[("cosine", merge, 0.3)]
         assert row["kept"] == pytest.approx(0.3, abs=0.01) and sum(row["shows"].values()) == pytest.approx(1, abs=1e-3)
         assert rows[(ORACLE, "none", 0.3)]["found"] >= row["found"] > rows[("random", merge, 0.3)]["found"]

@@ -42,7 +42,7 @@ def accuracy(
     right, masks = [], []
     for start in range(0, len(encoded), BATCH):
         part = encoded[start : start + BATCH]
-        kept = [choose(item) for item in part]
+        kept = choose(part)
         masks += [each.mask for each in kept]
         features = [[image.renumbered() if renumber else image for image in each.images] for each in kept]
         right.append(answer(model, tokenizer, features, [item.example for item in part])[2])

@@ -1,7 +1,7 @@
 """Rules that say which visual tokens stay, of a testbed's encoded examples.
 
-Beside the rules that the library has, some that it does not offer: the vision tower's [cls] attention, token norms, an
-oracle that knows where what is asked about lies, and codebooks of tokens that were not selected.
+Beside the rules that the library has, some that it does not offer: token norms, an oracle that knows where what is
+asked about lies, and codebooks of tokens that were not selected.
 """
 
 from __future__ import annotations
@@ -11,38 +11,25 @@ from collections.abc import Callable, Sequence
 import torch
 
 from transformers_rbl import PruningConfig, RedundancyCodebook
-from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.codebook import choose
+from transformers_rbl.models.merging import Choice
 from transformers_rbl.models.pruning import select_tokens
 from transformers_rbl.models.scorers import scorer_arguments
 
 from .encoding import Encoded, Kept
 
 
-MERGES = ("none",)
 RETENTIONS = (0.5, 0.33, 0.22, 0.15, 0.1, 0.05)
 
-Choose = Callable[[Encoded], Kept]
+Choose = Callable[[Sequence[Encoded]], list[Kept]]
 
 
-def keep_all(encoded: Encoded) -> Kept:
-    return encoded.left(torch.ones(len(encoded.tokens), dtype=torch.bool))
+def keep_all(batch: Sequence[Encoded]) -> list[Kept]:
+    return [item.left(torch.ones(len(item.tokens), dtype=torch.bool)) for item in batch]
 
 
-def keep_none(encoded: Encoded) -> Kept:
-    return encoded.left(torch.zeros(len(encoded.tokens), dtype=torch.bool))
-
-
-def chosen_tokens(
-    tokens: torch.Tensor,
-    rule: PruningConfig,
-    book: RedundancyCodebook | None,
-    measures: dict[str, torch.Tensor],
-    frame: int = 0,
-) -> torch.Tensor:
-    """`(L,)` bool: what a rule of the library keeps of the tokens `(L, d)` of one image or frame; `measures` by the
-    names of a scorer's arguments."""
-    similarity = measures["cls_similarity"] if rule.needs_cls_similarity else None
-    return keep_mask(tokens, rule, book, similarity, frame)
+def keep_none(batch: Sequence[Encoded]) -> list[Kept]:
+    return [item.left(torch.zeros(len(item.tokens), dtype=torch.bool)) for item in batch]
 
 
 def reads_question(score: str) -> bool:
@@ -50,26 +37,25 @@ def reads_question(score: str) -> bool:
 
 
 def library_rule(rule: PruningConfig, book: RedundancyCodebook | None) -> Choose:
-    """A rule of the library, by its own code."""
+    """A rule of the library, by its own code; images of one size are scored together."""
 
-    def choose(encoded: Encoded) -> Kept:
-        def part(rows: torch.Tensor, group: int) -> torch.Tensor:
-            measures = {name: values[rows] for name, values in encoded.measures.items()}
-            return chosen_tokens(encoded.tokens[rows], rule, book, measures, group)
+    def chosen(batch: Sequence[Encoded]) -> list[Kept]:
+        scored = [[inputs for _, inputs in item.scored()] for item in batch]
+        choices = iter(choose([inputs for images in scored for inputs in images], rule, book))
+        return [item.chosen([next(choices) for _ in images]) for item, images in zip(batch, scored)]
 
-        return encoded.left(encoded.chosen(part))
-
-    return choose
+    return chosen
 
 
 def scored_rule(score: Callable[[Encoded], torch.Tensor], ratio: float) -> Choose:
     """Keeps the tokens of lowest `score(encoded)` `(n,)`."""
+    rule = PruningConfig(keep_ratio=ratio)
 
-    def choose(encoded: Encoded) -> Kept:
-        values, rule = score(encoded), PruningConfig(keep_ratio=ratio)
-        return encoded.left(encoded.chosen(lambda rows, group: select_tokens(values[rows], rule)))
+    def lowest(item: Encoded) -> Kept:
+        values = score(item)
+        return item.chosen([Choice(select_tokens(values[rows], rule)) for rows, _ in item.scored()])
 
-    return choose
+    return lambda batch: [lowest(item) for item in batch]
 
 
 def oracle(encoded: Encoded) -> torch.Tensor:
@@ -114,13 +100,10 @@ def rules_of(
             double = PruningConfig(keep_ratio=ratio, score="double_softmax")
             rules.append(("codebook, double softmax", ratio, library_rule(double, main)))
         scores = ["random", "diversity"]
-        if "cls_similarity" in first.measures:
-            scores += ["cls_similarity_high", "cls_similarity_low"]
+        readers = {"cls_similarity": ("cls_similarity_high", "cls_similarity_low"), "cls_attention": ("cls_attention",)}
+        scores += [score for name, scores in readers.items() if name in first.measures for score in scores]
         for score in scores:
             rules.append((score, ratio, library_rule(PruningConfig(keep_ratio=ratio, score=score), None)))
-        if "cls_attention" in first.measures:
-            attended = scored_rule(lambda encoded: -encoded.measures["cls_attention"], ratio)
-            rules.append(("cls_attention", ratio, attended))
         rules.append(("token norm", ratio, scored_rule(lambda encoded: -encoded.tokens.norm(dim=-1), ratio)))
         rules.append(("oracle", ratio, scored_rule(oracle, ratio)))
     for value in thresholds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,12 +105,21 @@ def in_blocks(patches: torch.Tensor, side: int) -> torch.Tensor:
 
 def encode(model: PreTrainedModel, batch: Sequence[Example], **settings: object) -> list[list[Visual]]:
     """Visual tokens of each example's images, or of its video, by the stock model's own code; `settings` go to it."""
+    return visuals_of(model, batch, *features_of(model, batch, **settings))
+
+
+def features_of(model: PreTrainedModel, batch: Sequence[Example], **settings: object) -> tuple[dict, Any]:
+    """What the encoding method is given for a batch of one size, `settings` aside, and what it returns."""
     inputs = visual_inputs(model.config, batch)
-    if batch[0].video:
-        outputs = model.model.get_video_features(**inputs, **settings, return_dict=True)
-        return [[Visual(video)] for video in outputs.pooler_output]
-    outputs = model.model.get_image_features(**inputs, **settings, return_dict=True)
+    method = model.model.get_video_features if batch[0].video else model.model.get_image_features
+    return inputs, method(**inputs, **settings, return_dict=True)
+
+
+def visuals_of(model: PreTrainedModel, batch: Sequence[Example], inputs: dict, outputs: Any) -> list[list[Visual]]:
+    """Visual tokens of each example's images, or of its video, given [`features_of`] them."""
     visuals = [Visual(tokens) for tokens in outputs.pooler_output]
+    if batch[0].video:
+        return [[video] for video in visuals]
     if family_of(model.config) == "qwen3_vl":
         merge = model.config.vision_config.spatial_merge_size
         for index, grid in enumerate(inputs["image_grid_thw"]):

@@ -15,11 +15,13 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedModel, PreTraine
 
 from transformers_rbl import PruningConfig, rbl_class
 from transformers_rbl.evaluation.evaluate import refusal
+from transformers_rbl.models.merging import MERGE_POLICIES
 from transformers_rbl.models.scorers import SCORERS
 
+from ..answering import frame_of
 from ..comparison import accuracy
 from ..encoding import Encoded, encode_all
-from ..rules import MERGES, keep_all, keep_none, library_rule, oracle, reads_question, scored_rule
+from ..rules import keep_all, keep_none, library_rule, oracle, reads_question, scored_rule
 from ..testbed import Example
 from .cases import Case
 from .ledger import Ledger
@@ -82,6 +84,20 @@ class Asked:
         return encode_all(self.model, self.examples)
 
     @functools.cached_property
+    def one_by_one(self) -> list[Encoded]:
+        """Every scene once for each of its questions, for rules that read the question."""
+        placeholders = {self.model.config.image_token_id, getattr(self.model.config, "video_token_id", None)}
+        embed, frame, shown = self.model.get_input_embeddings(), frame_of(self.case.family), []
+        for item in self.encoded:
+
+            def embedded(question: str, example: Example = item.example) -> torch.Tensor:
+                ids = self.tokenizer(frame.prompt(example, question), add_special_tokens=False).input_ids
+                return embed(torch.tensor([id_ for id_ in ids if id_ not in placeholders]))
+
+            shown += item.one_by_one(embedded)
+        return shown
+
+    @functools.cached_property
     def prompt(self) -> BatchFeature:
         return two_prompts(self.case)[1]
 
@@ -121,7 +137,7 @@ class Asked:
                 return {"refused": refused}
             choose = library_rule(pruning, self.model.model.codebook)
             if reads_question(rule):
-                shown = [alone for item in self.encoded for alone in item.one_by_one()]
+                shown = self.one_by_one
         right, masks = accuracy(self.model, self.tokenizer, shown, choose)
         tokens = sum(int((item.group >= 0).sum()) for item in self.encoded) / len(self.encoded)
         kept = sum(int((mask & (item.group >= 0)).sum()) for mask, item in zip(masks, shown)) / len(shown)
@@ -131,7 +147,7 @@ class Asked:
 
 
 def pruning_of(rule: str, merge: str, ratio: float) -> PruningConfig:
-    return PruningConfig(keep_ratio=ratio, score=rule, **({} if merge == PLAIN else {"merge": merge}))
+    return PruningConfig(keep_ratio=ratio, score=rule, merge=merge)
 
 
 def runs_of(scores: Sequence[str], retentions: Sequence[float]) -> Iterator[tuple[str, str, float]]:
@@ -142,7 +158,7 @@ def runs_of(scores: Sequence[str], retentions: Sequence[float]) -> Iterator[tupl
         yield ORACLE, PLAIN, ratio
         yield RESIZED, PLAIN, ratio
         for score in scores:
-            for merge in MERGES:
+            for merge in MERGE_POLICIES:
                 yield score, merge, ratio
 
 

@@ -28,7 +28,7 @@ def worst_scene(case: Case, score: str, ratio: float, scenes: Scenes) -> Lost | 
         inputs, modality = visual_inputs(model.config, [example]), "video" if example.video else "image"
         layouts = model.model.layouts(modality, **inputs)
         lengths = [len(layout) for layout in layouts]
-        masks = {name: choose(encoded).mask.split(lengths) for name, choose in rules.items()}
+        masks = {name: choose([encoded])[0].mask.split(lengths) for name, choose in rules.items()}
         subjects = (encoded.subject >= 0.5).split(lengths)
         for number, (layout, subject) in enumerate(zip(layouts, subjects)):
             shown = {name: kept_grids(mask[number], layout) for name, mask in masks.items()}

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 
 from transformers_rbl import PruningConfig, RedundancyCodebook
-
-from ..rules import chosen_tokens
+from transformers_rbl.models.codebook import choose
 
 
 # Tokens of LLaVA-1.5-7B and of LLaVA-NeXT, their width, the size of a published codebook, heads of CLIP ViT-L.
@@ -37,7 +36,8 @@ def selection_times(length: int, rounds: int, scores: Sequence[str]) -> dict[str
     random = torch.Generator().manual_seed(length)
     book = RedundancyCodebook(torch.randn(PROTOTYPES, WIDTH, generator=random))
     tokens = torch.randn(length, WIDTH, generator=random)
-    measures = {
+    inputs = {
+        "tokens": tokens,
         "cls_similarity": torch.rand(length, generator=random),
         "cls_attention": torch.rand(length, generator=random) / length,
         "tower_keys": torch.randn(length, *TOWER_HEADS, generator=random),
@@ -49,7 +49,7 @@ def selection_times(length: int, rounds: int, scores: Sequence[str]) -> dict[str
         for score in scores:
             rule = PruningConfig(keep_ratio=KEPT, score=score)
             bare = seconds(lambda: book.unit_prototypes @ tokens.T)
-            spent = seconds(functools.partial(chosen_tokens, tokens, rule, book, measures))
+            spent = seconds(functools.partial(choose, [inputs], rule, book))
             if number:
                 products.append(bare)
                 multiples[score].append(spent / bare)
@@ -58,6 +58,6 @@ def selection_times(length: int, rounds: int, scores: Sequence[str]) -> dict[str
 
 
 def seconds(work: Callable) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of one thread: what else the machine runs is not counted
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start

@@ -44,6 +44,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Scores to compare, or all that this model can run; default cosine. Repeat."),
     ] = None,
+    merge: Annotated[
+        list[str] | None, typer.Option(help="none, nearest: what becomes of dropped tokens; default none. Repeat.")
+    ] = None,
     keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios, for every score. Repeat.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds. Repeat.")] = None,
     tiles: Annotated[str, typer.Option(help="all or base.")] = "all",
@@ -81,11 +84,16 @@ def evaluate(
     if every and len(score or ()) > 1:
         raise ValueError("--score all takes every score: leave the others out.")
     rules = [
-        PruningConfig(keep_ratio=ratio, score=name, tiles=tiles, newlines=newlines, seed=seed)
+        PruningConfig(keep_ratio=ratio, score=name, merge=merging, tiles=tiles, newlines=newlines, seed=seed)
         for name in (SCORERS if every else score or ["cosine"])
+        for merging in merge or ["none"]
         for ratio in ratios
     ]
-    rules += [PruningConfig(threshold=value, tiles=tiles, newlines=newlines, seed=seed) for value in threshold or ()]
+    rules += [
+        PruningConfig(threshold=value, merge=merging, tiles=tiles, newlines=newlines, seed=seed)
+        for merging in merge or ["none"]
+        for value in threshold or ()
+    ]
     if streaming and limit is None:
         raise ValueError("A streamed dataset has no known length: give --limit.")
     check_placement(dtype, device)

@@ -177,7 +177,8 @@ def _write_pictures(rows: list[list[tuple[str, Image.Image]]], path: str | os.Pa
 
 
 def plot_accuracy(results: Sequence[RuleResult], path: str | os.PathLike[str], metric: str | None = None) -> None:
-    """Write accuracy against retention: a line a score, with 95% intervals, and the unpruned model as a dashed line.
+    """Write accuracy against retention: a line a score (and a way of merging), with 95% intervals, and the unpruned
+    model as a dashed line.
 
     Args:
         results (`Sequence[RuleResult]`): of [`evaluate`], the unpruned model first.
@@ -194,7 +195,9 @@ def plot_accuracy(results: Sequence[RuleResult], path: str | os.PathLike[str], m
     lines: dict[str, list[RuleResult]] = {}
     for result in results[1:]:
         kind = "keep_ratio" if result.pruning["threshold"] is None else "threshold"
-        label = result.pruning["score"] if kind == "keep_ratio" else f"{result.pruning['score']}, threshold"
+        merge = result.pruning.get("merge", "none")  # files of before there was merging have no such setting
+        label = result.pruning["score"] + ("" if merge == "none" else f", merge {merge}")
+        label += "" if kind == "keep_ratio" else ", threshold"
         lines.setdefault(label, []).append(result)
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()

@@ -56,7 +56,7 @@ class RBL(lmms):
         pretrained (`str`): folder or Hub id of a checkpoint, stock or saved by our classes.
         codebook, codebook_revision (`str`, *optional*): see [`~RBLMixin.from_pretrained`].
         keep_ratio, threshold (`float`, *optional*): one of them, in place of the checkpoint's settings.
-        score, newlines, tiles, min_tokens: see [`PruningConfig`]; they need `keep_ratio` or `threshold`.
+        score, merge, newlines, tiles, min_tokens: see [`PruningConfig`]; they need `keep_ratio` or `threshold`.
         prune (`bool`, defaults to `True`): `False` gives the stock model's answers.
         check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
         revision (`str`, *optional*): of the checkpoint.
@@ -83,6 +83,7 @@ class RBL(lmms):
         keep_ratio: float | None = None,
         threshold: float | None = None,
         score: str | None = None,
+        merge: str | None = None,
         newlines: str | None = None,
         tiles: str | None = None,
         min_tokens: int | None = None,
@@ -115,6 +116,7 @@ class RBL(lmms):
             "keep_ratio": keep_ratio,
             "threshold": threshold,
             "score": score,
+            "merge": merge,
             "newlines": newlines,
             "tiles": tiles,
             "min_tokens": min_tokens,
