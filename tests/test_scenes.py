@@ -142,7 +142,7 @@ def test_small_images_lie_somewhere_in_a_whole_one():
 def test_a_patch_says_its_thing_or_else_its_background():
     words = torch.full((1, 3, len(tower.WORDS)), -5.0)
     words[0, 0, 7], words[0, 0, -1] = 1.0, 3.0  # a thing, whatever the background
-    words[0, 1, 7], words[0, 1, len(CONCEPTS) + 2] = -1.0, -2.0  # not likelier than not
+    words[0, 1, 7], words[0, 1, len(CONCEPTS) + 2] = -3.5, -4.0  # too unlikely a thing
     words[0, 2, -1] = 4.0
     assert said_words(words).tolist() == [[7, len(CONCEPTS) + 2, len(CONCEPTS) + len(BACKGROUNDS) - 1]]
 

