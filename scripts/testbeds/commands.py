@@ -2,7 +2,7 @@
 
 import typer
 
-from . import assembling, comparison, files, positions, recipes, report, training
+from . import assembling, comparison, files, positions, recipes, report, training, variants
 from .digits import pictures
 from .leaderboard import command as leaderboard
 from .scenes import checkpoint, comparing, tables
@@ -16,6 +16,7 @@ app.command("questions")(files.write_questions)
 app.command("train")(training.main)
 app.command("compare-rules")(comparison.main)
 app.command("compare-recipes")(recipes.main)
+app.command("compare-codebooks")(variants.main)
 app.command("compare-positions")(positions.main)
 app.command("leaderboard")(leaderboard.main)
 app.command("report")(report.main)

@@ -39,7 +39,7 @@ def main(
     work: Annotated[Path, typer.Option(help="What is known so far; delete it after a change to a rule.")] = Path(
         "outputs/leaderboard.jsonl"
     ),
-    count: Annotated[int, typer.Option(min=2, help="Scenes of each checkpoint, of four questions each.")] = 100,
+    count: Annotated[int, typer.Option(min=2, help="Scenes of each checkpoint, of four questions each.")] = 200,
     split: Split = "test",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 2026,
     rounds: Annotated[int, typer.Option("--times", min=1, help="Rounds of timing.")] = 9,
@@ -68,7 +68,7 @@ def main(
     options = "".join(f" --only {name}" for name in only or ())
     options += "".join(f" --checkpoint {name}" for name in checkpoint or ())
     options += "".join(f" --retention {ratio}" for ratio in retention or ())
-    asked = {"--count": (count, 100), "--split": (split, "test"), "--seed": (seed, 2026), "--times": (rounds, 9)}
+    asked = {"--count": (count, 200), "--split": (split, "test"), "--seed": (seed, 2026), "--times": (rounds, 9)}
     options += "".join(f" {name} {value}" for name, (value, default) in asked.items() if value != default)
     about = {
         "command": f"python scripts/testbeds leaderboard{options}",
