@@ -137,10 +137,11 @@ class Family:
                 cache does not hold; those that the entries fill are theirs.
             layouts (`list[VisualLayout]`, *optional*): of the images.
         """
-        lengths = [len(entry) for entry in entries]
-        theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None) if self.apart is not None else None
-        if layouts is not None and len(layouts) < len(entries):
-            theirs = [len(layout) for layout in layouts]
+        lengths, theirs = [len(entry) for entry in entries], None
+        if layouts is not None:
+            theirs = [len(layout) for layout in layouts] if len(layouts) < len(entries) else None
+        elif self.apart is not None:
+            theirs = next((run for run in runs or () if sum(run) == sum(lengths)), None)
         if theirs is None:
             return entries
         ends = set(accumulate(theirs))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from . import greedy
-from .greedy import over_images
+from .greedy import cosine_matrix, greedy_coverage, greedy_dpp, over_images
 from .merging import Choice, averages, places
 
 
@@ -69,7 +68,7 @@ def vispruner(tokens: torch.Tensor, cls_attention: torch.Tensor, count: int) -> 
     """
     ranked = cls_attention.argsort(descending=True, stable=True)
     important, rest = ranked[: count // 2], ranked[count // 2 :]
-    cosines = greedy.cosine_matrix(tokens[None])[0]
+    cosines = cosine_matrix(tokens[None])[0]
     diverse = count - count // 2
     while (surplus := len(rest) - diverse) > 0:
         first, second = rest[::2], rest[1::2]
@@ -117,7 +116,7 @@ def scope(tokens: torch.Tensor, cls_attention: torch.Tensor, count: int | None) 
     """
     saliency = cls_attention / cls_attention.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     steps = tokens.shape[1] if count is None else count
-    return greedy.greedy_coverage(greedy.cosine_matrix(tokens), torch.ones_like(saliency), saliency, steps)
+    return greedy_coverage(cosine_matrix(tokens), torch.ones_like(saliency), saliency, steps)
 
 
 @over_images
@@ -140,7 +139,7 @@ def cdpruner(tokens: torch.Tensor, question: torch.Tensor, count: int | None) ->
     low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
     relevance = ((relevance - low + 1e-6) / (high - low + 1e-6)).clamp(0, 1)
     steps = tokens.shape[1] if count is None else count
-    return greedy.greedy_dpp(greedy.cosine_matrix(tokens), relevance, steps)
+    return greedy_dpp(cosine_matrix(tokens), relevance, steps)
 
 
 def tome(tokens: torch.Tensor, count: int) -> Choice:

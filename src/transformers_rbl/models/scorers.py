@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from . import greedy, published
-from .greedy import over_images
+from .greedy import cosine_matrix, greedy_coverage, greedy_dpp, over_images
+from .greedy import greedy_diversity as farthest_first
 from .merging import Choice
+from .published import attended, cdpruner, prumerge, scope, tome, visionzip, vispruner
 
 
 TOWER_NEEDS = ("cls_similarity", "cls_attention", "tower_keys")  # a value per token each
@@ -89,7 +90,7 @@ def codebook_dpp(tokens: torch.Tensor, unit_prototypes: torch.Tensor, count: int
     Returns:
         `torch.Tensor` of shape `(images, L)`: from -1 (chosen first) to 1, infinite beyond `count`.
     """
-    return greedy.greedy_dpp(greedy.cosine_matrix(tokens), _quality(tokens, unit_prototypes), _all(tokens, count))
+    return greedy_dpp(cosine_matrix(tokens), _quality(tokens, unit_prototypes), _all(tokens, count))
 
 
 @over_images
@@ -106,8 +107,8 @@ def codebook_coverage(tokens: torch.Tensor, unit_prototypes: torch.Tensor, count
         `torch.Tensor` of shape `(images, L)`: from -1 (chosen first) to 1, infinite beyond `count`.
     """
     quality = _quality(tokens, unit_prototypes)
-    cosines = greedy.cosine_matrix(tokens)
-    return greedy.greedy_coverage(cosines, quality, torch.ones_like(quality), _all(tokens, count))
+    cosines = cosine_matrix(tokens)
+    return greedy_coverage(cosines, quality, torch.ones_like(quality), _all(tokens, count))
 
 
 # --- rules without a codebook -----------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def greedy_diversity(tokens: torch.Tensor, count: int | None) -> torch.Tensor:
         tokens (`torch.Tensor` of shape `(images, L, d)`): float32.
         count (`int`, *optional*): how many are chosen; None: all.
     """
-    return greedy.greedy_diversity(greedy.cosine_matrix(tokens), _all(tokens, count))
+    return farthest_first(cosine_matrix(tokens), _all(tokens, count))
 
 
 SCORERS: dict[str, Scorer] = {
@@ -154,13 +155,13 @@ SCORERS: dict[str, Scorer] = {
     "cls_similarity_low": low_cls_similarity,
     "cls_similarity_high": high_cls_similarity,
     "diversity": greedy_diversity,
-    "cls_attention": published.attended,
-    "visionzip": published.visionzip,
-    "vispruner": published.vispruner,
-    "prumerge": published.prumerge,
-    "scope": published.scope,
-    "cdpruner": published.cdpruner,
-    "tome": published.tome,
+    "cls_attention": attended,
+    "visionzip": visionzip,
+    "vispruner": vispruner,
+    "prumerge": prumerge,
+    "scope": scope,
+    "cdpruner": cdpruner,
+    "tome": tome,
 }
 BUILT_IN = frozenset(SCORERS)
 MERGING = frozenset({"visionzip", "prumerge", "tome"})  # those whose choice comes with weights
