@@ -360,7 +360,10 @@ def main(
             log = Path(scratch, f"{arm.name}.log")
             servers[arm.name] = Server(arm.checkpoint, log, *options, *arm.options(), **env)
             stack.callback(servers[arm.name].stop)
-            servers[arm.name].wait()
+            if device == "cuda":  # each looks at how much memory is free
+                servers[arm.name].wait()
+        for server in servers.values():
+            server.wait(1800)
         sent = {arm.name: [one.resized(arm.share_of_pixels) for one in asked] for arm in arms}
         rows = measure(servers, sent, loads, rounds, max_tokens)
     show(rows, p99_limit)

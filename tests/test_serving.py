@@ -18,11 +18,13 @@ from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.integrations.served_positions import attach, detach, known_positions, offsets, runs_of
 from transformers_rbl.integrations.serving import (
     ImageLayouts,
-    keep_of_image,
+    kept_of_image,
     served_pruning,
     with_keep_ratio,
 )
+from transformers_rbl.models.auto_rbl import family_class
 from transformers_rbl.models.layout import VisualLayout
+from transformers_rbl.models.scorers import SCORERS, register_scorer
 
 
 VIDEO, START, END = small_families.VIDEO, small_families.START, small_families.END
@@ -34,6 +36,8 @@ SERVED = [
     PruningConfig(keep_ratio=0.25, score="double_softmax"),
     PruningConfig(keep_ratio=0.5, score="random", seed=3),
     PruningConfig(keep_ratio=0.2, score="diversity"),
+    PruningConfig(keep_ratio=0.2, score="codebook_dpp"),
+    PruningConfig(keep_ratio=0.2, merge="nearest"),
     PruningConfig(keep_ratio=0.2, score="codebook_dpp"),
     PruningConfig(keep_ratio=1.0),
     PruningConfig(enabled=False),
@@ -53,9 +57,9 @@ def test_an_engine_keeps_what_transformers_keeps(family, pruned, pruning):
         tokens = whole.pooler_output[0]
         if len(layout) < len(tokens):  # the base image alone, with the row end that engines append
             tokens = torch.cat([tokens[: len(layout) - 1], tokens[-1:]])
-        kept = tokens[keep_of_image(tokens, layout, pruning, pruned.codebook)]
+        kept, mask = kept_of_image(tokens, layout, pruning, pruned.codebook)
         torch.testing.assert_close(kept, ours, rtol=0, atol=2e-4)  # base images alone are another batch
-        assert len(kept) == layout.kept_count(pruning)
+        assert len(kept) == int(mask.sum()) == layout.kept_count(pruning)
 
 
 @given(width=st.integers(8, 400), height=st.integers(8, 400))
@@ -83,8 +87,6 @@ def test_settings_whose_count_depends_on_the_image_are_refused_with_the_way_out(
     for score in ("cls_attention", "scope", "vispruner"):
         assert "needs cls_attention of the vision tower" in refusal(config, keep_ratio=0.2, score=score)
     assert "reads the question" in refusal(config, keep_ratio=0.2, score="cdpruner")
-    assert "this engine's plugin does not" in refusal(config, keep_ratio=0.2, score="tome")
-    assert "this engine's plugin does not" in refusal(config, keep_ratio=0.2, merge="nearest")
     assert "Unknown pruning setting" in refusal(config, keep_ratio=0.2, colour="red")
     config.num_prototypes = None
     assert "holds no codebook" in refusal(config, keep_ratio=0.2)
@@ -114,7 +116,7 @@ def test_a_request_may_ask_for_less_but_not_for_more():
 
 def test_features_of_another_layout_are_refused():
     with pytest.raises(ValueError, match="9 visual tokens where 8"):
-        keep_of_image(
+        kept_of_image(
             torch.randn(9, 4),
             VisualLayout.of_patches(8),
             PruningConfig(keep_ratio=0.5),
@@ -183,3 +185,39 @@ def test_offsets_of_any_size_survive_half_precision():
     places = torch.tensor([[0, 0], [127, 128], [1810, 9], [-4096, 3], [16383, -16383]])
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(detach(attach(torch.randn(5, 3, dtype=dtype), places))[1], places)
+
+
+def test_a_rule_that_reads_the_question_is_refused(pruned):
+    def asked(tokens: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        return tokens @ question.mean(0)
+
+    register_scorer("served_question", asked)
+    try:
+        config = type(pruned.config).from_dict(pruned.config.to_dict())
+        assert "reads the question" in refusal(config, keep_ratio=0.2, score="served_question")
+    finally:
+        SCORERS.pop("served_question")
+
+
+def test_other_views_of_the_tokens_are_merged_as_they_are():
+    """Deepstack's channels beside the tokens: chosen and merged by the tokens alone."""
+    tokens, view = torch.randn(12, 8), torch.randn(12, 8)
+    pruning, layout = PruningConfig(keep_ratio=0.25, score="diversity", merge="nearest"), VisualLayout.of_patches(12)
+    kept, mask = kept_of_image(torch.cat([tokens, view], dim=-1), layout, pruning, None, width=8)
+    alone, mask_alone = kept_of_image(tokens, layout, pruning, None)
+    assert torch.equal(mask, mask_alone) and int(mask.sum()) == 3
+    torch.testing.assert_close(kept[:, :8], alone)
+    assert not torch.allclose(kept[:, 8:], view[mask])
+
+
+def test_the_tiles_of_internvl_share_a_budget_and_have_no_thumbnail():
+    config = family_class("internvl").config_class(**small_families._config("internvl").to_dict())
+    config.num_prototypes = 4
+    config.pruning = {"keep_ratio": 0.2}
+    assert ImageLayouts(config).of_tiles(5 * 16).kept_count(served_pruning(config)) == 16
+    assert "thumbnail" in refusal(config, keep_ratio=0.2, tiles="base")
+
+
+def test_the_tiles_of_a_family_without_runs_are_not_one_image(pruned):
+    with pytest.raises(ValueError, match="do not share a budget"):
+        ImageLayouts(pruned.config).of_tiles(32)

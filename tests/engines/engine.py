@@ -45,20 +45,20 @@ def mutate(name: str) -> None:
     """Break the plugin in one of the ways that vLLM would not notice."""
     from transformers_rbl.integrations import vllm_models
 
-    right = {"keep": vllm_models.keep_of_image, "count": vllm_models.VisualLayout.kept_count}
+    right = {"kept": vllm_models.kept_of_image, "count": vllm_models.VisualLayout.kept_count}
 
-    def keep(tokens, layout, pruning, codebook):
-        mask = right["keep"](tokens, layout, pruning, codebook)
+    def kept(tokens, layout, pruning, codebook, width):
+        mask = right["kept"](tokens, layout, pruning, codebook, width)[1]
         if name == "too many":
             mask = torch.ones_like(mask)
         if name == "too few":
             mask[mask.nonzero()[-3:, 0]] = False
-        return mask
+        return tokens[mask], mask
 
     def count(layout, pruning):
         return right["count"](layout, pruning) - (3 if name == "another ratio in the processor" else 0)
 
-    vllm_models.keep_of_image, vllm_models.VisualLayout.kept_count = keep, count
+    vllm_models.kept_of_image, vllm_models.VisualLayout.kept_count = kept, count
     if name == "positions without rows and columns":
         from transformers_rbl.integrations import vllm_qwen
 

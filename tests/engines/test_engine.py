@@ -157,7 +157,7 @@ def test_greedy_ids_are_those_of_transformers(served):
     rounds = served.run(
         [batch, batch, tight, [batch[3]], [other], [{**batch[3], "keep_ratio": 0.1}], *alone],
         processes=across,
-        engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 16},
+        engine={"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32},
     )
     wanted = [served.expected(request, 0.2) for request in batch]
     assert len({tuple(ids) for ids in wanted}) >= 5, "the answers hardly depend on the images"
@@ -168,7 +168,7 @@ def test_greedy_ids_are_those_of_transformers(served):
     assert rounds[5][0]["ids"] == rounds[2][3]["ids"]
     assert all(few["prompt"] < more["prompt"] for few, more in zip(rounds[2][1:4], rounds[0][1:4]))
     assert max(answer["prompt"] for answer in rounds[0]) > 64
-    assert all(answer["cached"] >= 16 for answer in rounds[1])
+    assert rounds[1][4]["cached"] >= 64  # of the longest prompt, both images among them
     if not across:
         assert served.encoded[0] >= 4 and served.encoded[3:6] == [0, 0, 0]
         assert served.encoded[2] >= 4, "at another ratio, the image of the first was taken"

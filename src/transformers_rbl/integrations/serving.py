@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..models.auto_rbl import family_class
-from ..models.codebook import RedundancyCodebook
+from ..models.codebook import RedundancyCodebook, choose
 from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig
 from ..models.seam import PIXELS
@@ -66,11 +66,6 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
         raise ValueError(
             f"score={pruning.score!r} reads the question, and an engine keeps an image's tokens for the questions that "
             f"follow: {override}."
-        )
-    if pruning.merges:
-        raise ValueError(
-            f"score={pruning.score!r} with merge={pruning.merge!r} changes the tokens that stay, and this engine's "
-            f"plugin does not: {override}."
         )
     if pruning.needs_codebook and config.num_prototypes is None:
         raise ValueError(
@@ -130,10 +125,26 @@ class ImageLayouts:
         return VisualLayout.of_patches(count)
 
 
-def keep_of_image(
-    tokens: torch.Tensor, layout: VisualLayout, pruning: PruningConfig, codebook: RedundancyCodebook | None
-) -> torch.Tensor:
-    """Which of one image's encoded tokens `(L, d)`, row ends among them, stay: `torch.BoolTensor` of shape `(L,)`.
+def kept_of_image(
+    tokens: torch.Tensor,
+    layout: VisualLayout,
+    pruning: PruningConfig,
+    codebook: RedundancyCodebook | None,
+    width: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stays of one image's or video's encoded tokens.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(L, d)`): row ends among them.
+        layout ([`VisualLayout`]): where they lie.
+        pruning (`PruningConfig`): the settings.
+        codebook ([`RedundancyCodebook`], *optional*): needed by the scorers that compare with prototypes.
+        width (`int`, *optional*): channels that are scored, by default all; further ones are other views of the same
+            tokens (Qwen3-VL's deepstack).
+
+    Returns:
+        The tokens that stay `(kept, d)`, merged where the settings say so, and `torch.BoolTensor` of shape `(L,)`, which
+        they are.
 
     Raises:
         ValueError: if tokens and layout differ in number.
@@ -143,4 +154,7 @@ def keep_of_image(
             f"The vision tower gave {len(tokens)} visual tokens where {len(layout)} were reckoned with: this engine "
             "packs an image otherwise than transformers does."
         )
-    return layout.keep(tokens[layout.scored(pruning).to(tokens.device)], pruning, codebook)
+    scored = tokens[layout.scored(pruning).to(tokens.device), :width]
+    choices = choose(layout.parts(scored, pruning), pruning, codebook)
+    mask = layout.mask(choices, pruning)
+    return layout.stay(tokens, choices, mask, pruning), mask

@@ -26,7 +26,7 @@ from ..models.codebook import RedundancyCodebook
 from ..models.layout import VisualLayout
 from ..models.pruning import PruningConfig
 from ..models.seam import MODALITIES
-from .serving import ImageLayouts, keep_of_image, served_pruning, with_keep_ratio
+from .serving import ImageLayouts, kept_of_image, served_pruning, with_keep_ratio
 
 
 # What travels with an image or video from the processor to the model: what its tokens are, how many frames it has,
@@ -172,9 +172,8 @@ class RBLModel(Mixed):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of one image or video that stay, and the mask that chose them."""
         pruning = with_keep_ratio(self.pruning, float(ratio)) if self.pruning.enabled else self.pruning
-        # Further channels are other views of the same tokens (Qwen3-VL's deepstack).
-        mask = keep_of_image(tokens[:, : self.width], VisualLayout(kinds.long(), int(frames)), pruning, self.codebook)
-        kept = tokens[mask]
+        layout = VisualLayout(kinds.long(), int(frames))
+        kept, mask = kept_of_image(tokens, layout, pruning, self.codebook, self.width)
         if len(kept) != int(count):
             raise ValueError(
                 f"{len(kept)} visual tokens were kept for {int(count)} placeholders: the settings of processor and "
