@@ -190,6 +190,25 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10] and rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_tables_count_right_answers_by_rule_and_kind(tmp_path):
+    about = {"examples": 4, "split": "test", "questions": ["what", "exist"], "thing_tokens": 0.12, "visual_tokens": 144}
+    about |= {"prototypes": {"the model's": 9}}
+    rows = [("unpruned", 1.0, ["11", "10", "11", "00"]), ("no image", 0.0, ["01", "00", "00", "00"])]
+    rows += [("codebook: the model's", 0.15, ["11", "10", "01", "00"]), ("oracle", 0.15, ["11", "10", "11", "00"])]
+    results = [
+        {"rule": name, "wanted": wanted, "kept": 0.15, "things_kept": 0.5, "right": right}
+        for name, wanted, right in rows
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"about": about, "results": results}))
+    found = tables.Results(path)
+    assert "Unpruned **62.5 [" in tables.summary(found) and "without the image 12.5%" in tables.summary(found)
+    shares = dict(line.strip("| ").split(" | ", 1) for line in tables.shares(found)[2:])
+    assert shares["codebook: the model's"].startswith("80.0 [") and shares["oracle"] == "100.0 [100.0, 100.0]"
+    assert "| oracle | -12.5 [" in "\n".join(tables.differences(found, "codebook: the model's"))
+    assert "| codebook: the model's, 15% | 50 | 50 |" in tables.kinds(found)
+
+
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "test.json"
 
 

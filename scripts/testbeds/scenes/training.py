@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..answering import answer
 from ..testbed import Stage
@@ -84,7 +85,7 @@ class ScenesTrainer:
             run_steps(name, {stage.lr: weights}, loss, stage.steps, self.folder, tower, decay=0.05)
         save_file(tower.state_dict(), path)
 
-    def train_answers(self, tower: Tower, language: torch.nn.Module, tokenizer: object) -> None:
+    def train_answers(self, tower: Tower, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         stage = self.stages["answers"]
         tower.eval().requires_grad_(False)
         projector = closed_form(tower, Targets(language, tokenizer, self.line_break))
@@ -130,7 +131,7 @@ def lesson(seed: int, number: int) -> SceneExample:
     return example
 
 
-def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: dict[str, torch.Tensor]) -> None:
+def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: Mapping[str, torch.Tensor]) -> None:
     """What is trained, in bfloat16: the vision side, and LoRA as PEFT's adapters are kept."""
     vision = {f"vision_tower.{name}": value for name, value in tower.clip.state_dict().items()}
     vision |= {f"multi_modal_projector.{name}": value for name, value in projector.state_dict().items()}
