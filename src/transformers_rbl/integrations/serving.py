@@ -120,7 +120,7 @@ class ImageLayouts:
     def of_tiles(self, count: int) -> VisualLayout:
         """Of an image of which a family knows no more than how many tokens its tiles have together: they share one
         budget, as in transformers."""
-        if not self._model.family.runs:
+        if self._model.family.apart is None:
             raise ValueError(f"The tiles of {self._model.family.model_type} images do not share a budget.")
         return VisualLayout.of_patches(count)
 
@@ -143,8 +143,8 @@ def kept_of_image(
             tokens (Qwen3-VL's deepstack).
 
     Returns:
-        The tokens that stay `(kept, d)`, merged where the settings say so, and `torch.BoolTensor` of shape `(L,)`, which
-        they are.
+        The tokens that stay `(kept, d)`, merged where the settings say so, and which they are, `torch.BoolTensor` of
+        shape `(L,)`.
 
     Raises:
         ValueError: if tokens and layout differ in number.
