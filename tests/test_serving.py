@@ -210,12 +210,17 @@ def test_other_views_of_the_tokens_are_merged_as_they_are():
     assert not torch.allclose(kept[:, 8:], view[mask])
 
 
-def test_the_tiles_of_internvl_share_a_budget_and_have_no_thumbnail():
+def test_the_tiles_of_internvl_share_a_budget_and_the_last_is_the_thumbnail():
     config = family_class("internvl").config_class(**small_families._config("internvl").to_dict())
     config.num_prototypes = 4
     config.pruning = {"keep_ratio": 0.2}
     assert ImageLayouts(config).of_tiles(5 * 16).kept_count(served_pruning(config)) == 16
-    assert "thumbnail" in refusal(config, keep_ratio=0.2, tiles="base")
+    config.pruning = {"keep_ratio": 0.5, "tiles": "base"}
+    layout, pruning = ImageLayouts(config).of_tiles(5 * 16), served_pruning(config)
+    assert layout.kept_count(pruning) == 8
+    kept, mask = kept_of_image(torch.randn(80, 8), layout, pruning, RedundancyCodebook(torch.randn(4, 8)))
+    assert len(kept) == 8 and int(mask[-16:].sum()) == 8
+    assert ImageLayouts(config).of_tiles(16).kept_count(pruning) == 8  # a single tile is the whole image
 
 
 def test_the_tiles_of_a_family_without_runs_are_not_one_image(pruned):

@@ -122,7 +122,7 @@ class ImageLayouts:
         budget, as in transformers."""
         if self._model.family.apart is None:
             raise ValueError(f"The tiles of {self._model.family.model_type} images do not share a budget.")
-        return VisualLayout.of_patches(count)
+        return self._model.family.layout_of_tiles(self._model.config, count)
 
 
 def kept_of_image(

@@ -82,13 +82,16 @@ class Family:
                 f"Only the prompt tells which tile of a {self.model_type} image is the thumbnail: tiles='base' needs "
                 "forward or generate, and a prompt with a placeholder for every visual token."
             )
-        layouts = []
-        for count in images:
-            kinds = torch.full((count,), PATCH).split(length)
-            if len(kinds) > 1:
-                kinds[self.thumbnail].fill_(BASE)
-            layouts.append(VisualLayout(torch.cat(kinds)))
-        return layouts
+        return [self.layout_of_tiles(model.config, count) for count in images]
+
+    def layout_of_tiles(self, config: PreTrainedConfig, count: int) -> VisualLayout:
+        """Of an image whose tiles, which share its budget, have `count` tokens together."""
+        if self.tile_length is None:
+            return VisualLayout.of_patches(count)
+        kinds = torch.full((count,), PATCH).split(self.tile_length(config))
+        if len(kinds) > 1:
+            kinds[self.thumbnail].fill_(BASE)
+        return VisualLayout(torch.cat(kinds))
 
     def on_host(self, arguments: Arguments) -> Arguments:
         """The arguments, with those of which stock asks values behind the tower read before it."""
