@@ -139,7 +139,7 @@ def cdpruner(tokens: torch.Tensor, question: torch.Tensor, count: int | None) ->
     low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
     relevance = ((relevance - low + 1e-6) / (high - low + 1e-6)).clamp(0, 1)
     steps = tokens.shape[1] if count is None else count
-    return greedy_dpp(cosine_matrix(tokens), relevance, steps)
+    return greedy_dpp(tokens, relevance, steps)
 
 
 def tome(tokens: torch.Tensor, count: int) -> Choice:
