@@ -16,6 +16,7 @@ from conftest import make_family
 from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.cli import app
 from transformers_rbl.demo import loading
+from transformers_rbl.models.merging import Choice
 from transformers_rbl.models.seam import CACHE_NAMES
 from transformers_rbl.verify import (
     ALL,
@@ -96,6 +97,35 @@ def test_half_precision_passes(family, tmp_path, dtype):
     report = verify_checkpoint(family.folder, codebook=tmp_path, device="cpu", dtype=dtype)
     assert report.passed and report.versions["dtype"] == dtype, report
     assert report.settings["codebook"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("score", "merge", "skipped"),
+    [
+        ("codebook_dpp", "none", {MOST_REDUNDANT}),
+        ("cosine", "nearest", set()),
+        ("visionzip", "nearest", {MOST_REDUNDANT}),
+        ("tome", "none", {MOST_REDUNDANT, ORACLE, "Prefill"}),
+        ("cdpruner", "none", {MOST_REDUNDANT, *TURNS.values()}),
+    ],
+)
+def test_every_rule_passes_what_holds_for_it(next_family, score, merge, skipped):
+    checks = verify(next_family.pruned(), next_family.processor, loading_info={}, score=score, merge=merge)
+    assert not failed(checks), checks
+    assert {check.name for check in checks if check.result == SKIPPED} == skipped
+
+
+def test_a_rule_that_the_model_cannot_prune_by_is_refused(tmp_path):
+    family = make_family("llava_onevision", tmp_path)
+    result = rbl(family.folder, "--score", "cls_similarity_low")
+    assert result.exit_code != 0 and "need a vision tower with a [cls] token" in " ".join(result.output.split())
+    assert "score must be one of" in " ".join(rbl(family.folder, "--score", "lucky").output.split())
+
+
+def test_merging_that_is_not_the_means_of_the_nearest_is_noticed(next_family, monkeypatch):
+    model, merged = next_family.pruned(), Choice.merged
+    monkeypatch.setattr(Choice, "merged", lambda choice, tokens: merged(choice, tokens) * 1.01)
+    assert ORACLE in failed(verify(model, next_family.processor, merge="nearest"))
 
 
 def test_without_a_model_it_checks_the_committed_one():

@@ -27,6 +27,8 @@ def verify(
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; one is drawn without it.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="Share of visual tokens to keep, in (0, 1].")] = 0.2,
+    score: Annotated[str, typer.Option(help="Which rule drops tokens, e.g. codebook_dpp.")] = "cosine",
+    merge: Annotated[str, typer.Option(help="none, or nearest: average dropped tokens into kept ones.")] = "none",
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
@@ -41,7 +43,7 @@ def verify(
             model = str(default_model())
         except ValueError:
             raise ValueError("No checkout is here to take a model from: give MODEL, a folder or Hub id.") from None
-    report = verify_checkpoint(model, codebook, image, keep_ratio, device, dtype)
+    report = verify_checkpoint(model, codebook, image, keep_ratio, device, dtype, score, merge)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..models.codebook import RedundancyCodebook
 from ..models.loading import LoadingMixin
+from ..models.pruning import PruningConfig
 
 
 def model_card(
@@ -61,8 +62,8 @@ processor = AutoProcessor.from_pretrained("{repo_id}")"""
 # {repo_id.rpartition("/")[2]}
 
 {f"[{base}](https://huggingface.co/{base})" if base else "A vision-language model"} whose language model
-sees only the visual tokens that say something: tokens that look like a prototype of its codebook leave the prompt
-([arXiv 2503.20540](https://arxiv.org/abs/2503.20540)). Weights, codebook and settings are all here.
+sees only the visual tokens that say something: {_rule_in_words(pruning)}.
+Weights,{" codebook" if codebook is not None else ""} and settings are all here.
 
 | | |
 | --- | --- |
@@ -121,6 +122,16 @@ def _card_is_ours(folder: Path) -> bool:
         return readme.read_text(encoding="utf-8") == said
     except (OSError, ValueError):  # no codebook, or not one that this version reads: no card of ours either
         return False
+
+
+def _rule_in_words(pruning: PruningConfig | None) -> str:
+    """What leaves the prompt, by the rule of the settings."""
+    if pruning is None or pruning.score == "cosine":
+        return (
+            "tokens that look like a prototype of its codebook leave the\nprompt ([arXiv 2503.20540](https://arxiv.org/"
+            "abs/2503.20540))"
+        )
+    return f"those that the rule `{pruning.score}` calls redundant\nleave the prompt"
 
 
 def codebook_card(

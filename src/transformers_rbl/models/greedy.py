@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 
 ROWS = 256  # of a cosine matrix that are computed at once
+AHEAD = 48  # rows of it that are computed with one that is asked for
 # What is left of a unit vector, squared, and a share of what is to be covered: below these it is float32's rounding.
 DEPENDENT, COVERED = 1e-5, 2.5e-7
 
@@ -71,7 +73,7 @@ def greedy_diversity(cosines: torch.Tensor, count: int) -> torch.Tensor:
     return scores.scatter_(-1, first, -1.0) if count else scores
 
 
-def greedy_dpp(cosines: torch.Tensor, quality: torch.Tensor, count: int) -> torch.Tensor:
+def greedy_dpp(tokens: torch.Tensor, quality: torch.Tensor, count: int) -> torch.Tensor:
     """Greedy MAP of the determinantal point process of kernel q_i c_ij q_j: each time the token whose choice makes the
     determinant of the chosen ones' kernel largest, by updates of its Cholesky factor (Chen et al., "Fast greedy MAP
     inference for determinantal point process", NeurIPS 2018, algorithm 1): O(L) numbers for each token chosen before.
@@ -80,7 +82,7 @@ def greedy_dpp(cosines: torch.Tensor, quality: torch.Tensor, count: int) -> torc
     of its unit vector once the span of the chosen ones is taken away.
 
     Args:
-        cosines (`torch.Tensor` of shape `(images, L, L)`): see [`cosine_matrix`].
+        tokens (`torch.Tensor` of shape `(images, L, d)`): float32.
         quality (`torch.Tensor` of shape `(images, L)`): in [0, 1].
         count (`int`): how many are chosen.
 
@@ -90,14 +92,18 @@ def greedy_dpp(cosines: torch.Tensor, quality: torch.Tensor, count: int) -> torc
         quality, with score 1 - q_i^2.
     """
     images, length = quality.shape
-    left, worth = torch.diagonal(cosines, dim1=1, dim2=2).clone(), quality.square()
-    factor = cosines.new_zeros(images, count, length)
+    unit, worth = torch.nn.functional.normalize(tokens, dim=-1), quality.square()
+    left, factor = unit.square().sum(dim=-1), unit.new_zeros(images, count, length)
+    row_of = _rows_as_asked(unit) if unit.device.type == "cpu" else partial(_row, cosine_matrix(tokens))
 
     def scores() -> torch.Tensor:
         return torch.where(left > DEPENDENT, -worth * left, 1 - worth)
 
+    gains = scores()
+
     def chosen(pick: torch.Tensor, step: int) -> torch.Tensor:
-        row, own = _row(cosines, pick), left.gather(1, pick)
+        nonlocal gains
+        row, own = row_of(pick, gains), left.gather(1, pick)
         if step:
             before = factor[:, :step]
             weights = before.gather(2, pick[:, None].expand(-1, step, -1))
@@ -105,9 +111,10 @@ def greedy_dpp(cosines: torch.Tensor, quality: torch.Tensor, count: int) -> torc
         row = row * torch.where(own > DEPENDENT, own.clamp_min(DEPENDENT).rsqrt(), 0.0)
         factor[:, step] = row
         left.sub_(row.square())
-        return scores()
+        gains = scores()
+        return gains
 
-    return _one_by_one(scores(), chosen, count)
+    return _one_by_one(gains, chosen, count)
 
 
 def greedy_coverage(cosines: torch.Tensor, demand: torch.Tensor, worth: torch.Tensor, count: int) -> torch.Tensor:
@@ -169,7 +176,32 @@ def _one_by_one(scores: torch.Tensor, chosen: Callable[[torch.Tensor, int], torc
     return at_choice
 
 
-def _row(cosines: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+def _rows_as_asked(unit: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """On a CPU, which waits for nothing: rows of the cosine matrix, computed when they are asked for, with those of the
+    tokens that are likely to be chosen next.
+
+    Args:
+        unit (`torch.Tensor` of shape `(images, L, d)`): tokens of unit length.
+
+    Returns:
+        `Callable`: `(pick, scores)` gives the row `(images, L)` of the tokens `pick` `(images, 1)`; those of lowest
+        `scores` `(images, L)` are likely.
+    """
+    images, length = unit.shape[:2]
+    rows, known = unit.new_empty(images, length, length), torch.zeros(images, length, dtype=torch.bool)
+
+    def row_of(pick: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for image in (~known.gather(1, pick)[:, 0]).nonzero()[:, 0].tolist():
+            likely = scores[image].masked_fill(known[image], math.inf).index_fill(0, pick[image], -math.inf)
+            wanted = likely.topk(min(AHEAD, length), largest=False).indices
+            rows[image, wanted] = unit[image, wanted] @ unit[image].T
+            known[image, wanted] = True
+        return _row(rows, pick)
+
+    return row_of
+
+
+def _row(cosines: torch.Tensor, pick: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
     """`(images, L)`: the cosines of the tokens `pick` `(images, 1)`."""
     return cosines.gather(1, pick[:, :, None].expand(-1, -1, cosines.shape[-1]))[:, 0]
 

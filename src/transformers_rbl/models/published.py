@@ -1,4 +1,8 @@
-"""Rules that others published, from their papers, in our code; the authors' own were not run beside these.
+"""Rules that others published, from their papers, in our code.
+
+Given the same attention, keys and relevance, they choose what the authors' code chooses: random tokens, 576 of them, 64,
+128 and 192 kept, five draws each, for SCOPE, CDPruner, VisionZip (and what it merges, but for its length) and VisPruner
+(14 of 15 draws; in the other the authors' code in float32 and in float64 part as well). The others were not run so.
 
 What holds for all of them: tokens are chosen among all scored tokens of an image at once (the authors do so per tile),
 and their number is the keep ratio's. Where authors compare features of the vision tower, the visual tokens themselves
@@ -139,7 +143,7 @@ def cdpruner(tokens: torch.Tensor, question: torch.Tensor, count: int | None) ->
     low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
     relevance = ((relevance - low + 1e-6) / (high - low + 1e-6)).clamp(0, 1)
     steps = tokens.shape[1] if count is None else count
-    return greedy_dpp(cosine_matrix(tokens), relevance, steps)
+    return greedy_dpp(tokens, relevance, steps)
 
 
 def tome(tokens: torch.Tensor, count: int) -> Choice:

@@ -90,7 +90,7 @@ def codebook_dpp(tokens: torch.Tensor, unit_prototypes: torch.Tensor, count: int
     Returns:
         `torch.Tensor` of shape `(images, L)`: from -1 (chosen first) to 1, infinite beyond `count`.
     """
-    return greedy_dpp(cosine_matrix(tokens), _quality(tokens, unit_prototypes), _all(tokens, count))
+    return greedy_dpp(tokens, _quality(tokens, unit_prototypes), _all(tokens, count))
 
 
 @over_images

@@ -93,6 +93,8 @@ def sees_kept_tokens_alone(subject: Subject) -> str:
 
 def drops_the_most_redundant(subject: Subject) -> str:
     """No token stays that is more redundant than one that went, by cosines in float64."""
+    if subject.pruning.score != "cosine":
+        raise Skipped(f"score={subject.pruning.score!r} is another rule than the codebook's cosines")
     worst = -2.0
     for tokens, patches, mask in zip(subject.features, subject.patches, subject.output.keep_masks, strict=True):
         scores = cosines(subject.model.codebook, tokens)
@@ -144,6 +146,8 @@ def batch_equals_single(subject: Subject) -> str:
 
 def second_turn_equals_starting_over(subject: Subject, name: str) -> str:
     """A turn on the cache of a padded batch, given under one of its names, equals one without: generate and forward."""
+    if subject.pruning.needs_question:
+        raise Skipped(f"score={subject.pruning.score!r} reads the question, and is refused on the cache of another one")
     turn, expected = subject.next_turn, subject.started_over
     cache = copy.deepcopy(subject.answers.cache)
     figure = subject.same_answer(

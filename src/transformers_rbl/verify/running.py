@@ -30,6 +30,8 @@ def verify_checkpoint(
     keep_ratio: float = 0.2,
     device: str | None = None,
     dtype: str = "auto",
+    score: str = "cosine",
+    merge: str = "none",
 ) -> Report:
     """Load a checkpoint once and check the contracts on it.
 
@@ -41,12 +43,13 @@ def verify_checkpoint(
         keep_ratio (`float`, defaults to 0.2): share of visual tokens to keep.
         device (`str`, *optional*): default a GPU if there is one.
         dtype (`str`, defaults to `"auto"`): as in `from_pretrained`.
+        score, merge (`str`): see [`PruningConfig`].
 
     Raises:
         OSError: if a file is missing or cannot be read.
         ValueError: for a keep ratio, codebook, image or architecture that does not fit.
     """
-    name, pruning = str(model), PruningConfig(keep_ratio=keep_ratio)
+    name, pruning = str(model), PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge)
     picture = drawn_picture() if image is None else open_picture(image)
     prototypes = None if codebook is None else RedundancyCodebook.from_pretrained(codebook)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,6 +58,8 @@ def verify_checkpoint(
         "codebook": str(codebook),
         "picture": "a drawn one" if image is None else str(image),
         "keep_ratio": str(keep_ratio),
+        **({"score": score} if score != "cosine" else {}),
+        **({"merge": merge} if merge != "none" else {}),
     }
     processor = AutoProcessor.from_pretrained(name)
     pruned_class = rbl_class(name)
@@ -76,7 +81,15 @@ def verify_checkpoint(
     else:
         loaded.set_codebook(codebook_of_picture(loaded, processor, picture))
         settings["codebook"] = f"{RANDOM_PROTOTYPES} random visual tokens of the picture"
-    checks = verify(loaded, processor, picture, keep_ratio=pruning.keep_ratio, loading_info=loading_info)
+    checks = verify(
+        loaded,
+        processor,
+        picture,
+        keep_ratio=pruning.keep_ratio,
+        loading_info=loading_info,
+        score=score,
+        merge=merge,
+    )
     return Report(versions(str(loaded.device), str(loaded.dtype)), settings, checks)
 
 
@@ -87,6 +100,8 @@ def verify(
     *,
     keep_ratio: float | None = 0.2,
     loading_info: Mapping[str, Any] | None = None,
+    score: str = "cosine",
+    merge: str = "none",
 ) -> list[Check]:
     """Check the contracts on a loaded model: about a dozen passes over a prompt, half of them over pruned ones.
 
@@ -98,15 +113,19 @@ def verify(
         keep_ratio (`float`, defaults to 0.2): share of visual tokens to keep.
         loading_info (`dict`, *optional*): what `from_pretrained(…, output_loading_info=True)` returned beside the
             model; without it that contract is skipped.
+        score, merge (`str`): see [`PruningConfig`].
 
     Raises:
-        ValueError: for a model of which the stock class cannot share the weights, or without codebook.
+        ValueError: for a model of which the stock class cannot share the weights, or without codebook; for a score that
+            it cannot prune by.
     """
-    pruning = PruningConfig(keep_ratio=keep_ratio)
+    pruning = PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge)
     _check_model(model)
     with torch.no_grad():
         picture = drawn_picture() if image is None else image
         subject = Subject(model, stock_twin(model), processor, picture, pruning, loading_info)
+        if score != "cosine":
+            _ = subject.output  # a rule that this model cannot prune by is refused here, and not once a contract
         return [_run(name, contract, subject) for name, contract in CONTRACTS.items()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,13 +137,31 @@ class Subject:
             asked = inspect.signature(rope).parameters
             positions, _ = rope(**{name: value for name, value in {**along, **visual}.items() if name in asked})
             compact["position_ids"] = positions[..., self.kept]
-        kept = torch.cat(list(self.output.keep_masks))
-        parts: dict[str, Any] = {TOKENS: self.model.family.joined("image", [torch.cat(self.features)[kept]])}
+        parts: dict[str, Any] = {TOKENS: self.model.family.joined("image", [self._stay(self.features)])}
         for name in VIEWS:
             if self.encoded.get(name) is not None:
-                parts[name] = [[torch.cat(list(view))[kept]] for view in self.encoded[name]]
+                parts[name] = [[self._stay(view)] for view in self.encoded[name]]
         compact["mm_encoder_outputs"] = {"image": replaced(read_by_stock(self.encoded), **parts)}
         return compact
+
+    def _stay(self, view: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`(kept, d)`: what stays of the picture's tokens, or of another view of them: the kept ones, or, merged to the
+        nearest, the means of those that come to each."""
+        if self.pruning.merges and self.pruning.merge != "nearest":
+            raise Skipped(f"score={self.pruning.score!r} merges by a rule of its own, which is not written out here")
+        stay = []
+        together = torch.cat(list(view)).split([len(tokens) for tokens in self.features])
+        for tokens, patches, mask, own in zip(self.features, self.patches, self.output.keep_masks, together):
+            kept, gone = (mask & patches).nonzero()[:, 0], (~mask & patches).nonzero()[:, 0]
+            become = own.float()
+            if self.pruning.merge == "nearest" and len(gone):
+                unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
+                nearest = (unit[gone] @ unit[kept].T).argmax(1)
+                for place, token in enumerate(kept.tolist()):
+                    group = torch.cat([kept[place : place + 1], gone[nearest == place]])
+                    become[token] = own[group].float().mean(0)
+            stay.append(become[mask].to(own.dtype))
+        return torch.cat(stay)
 
     @cached_property
     def stock_logits(self) -> torch.Tensor:
