@@ -1,16 +1,19 @@
 """What pruning costs and saves at prefill, against the least that any pruning could cost.
 
-Three ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle,
-which gets the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that
-pruning would leave. The pruned model may add to the oracle little more than one matrix product, its scores.
+Ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle, which gets
+the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that pruning would
+leave. The pruned model may add to the oracle little more than one matrix product, its scores. Where most tiles of the
+image are blank, two more: equal tiles encoded once, and tiles only where the thumbnail asks for them.
 
-    python scripts/benchmark_prefill.py                             # three families, 8 layers of width 512, this CPU
+    python scripts/benchmark_prefill.py                             # four families, 8 layers of width 512, this CPU
     python scripts/benchmark_prefill.py --device cuda --preset 7b   # the shape of the 7B models, random weights, bf16
+    python scripts/benchmark_prefill.py --flops                     # counted, not timed: every shape, on no device
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -24,6 +27,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
@@ -33,18 +37,26 @@ from transformers_rbl import (
     LlavaOnevisionRBL,
     PruningConfig,
     RedundancyCodebook,
+    kept_token_count,
 )
+from transformers_rbl.models.auto_rbl import family_class
+from transformers_rbl.models.modeling_rbl import RBLMixin
 from transformers_rbl.models.scorers import max_cosine
 from transformers_rbl.models.seam import CACHE
+from transformers_rbl.models.tower_views import up_to_layer
 
 
 OFF = PruningConfig(enabled=False)
+PROTOTYPES = 969
+GRIDS = "image_grid_thw"
 RATIOS = (1.0, 0.5, 0.22, 0.11, 0.05)
 FAMILIES = {
     "llava": LlavaForConditionalGenerationRBL,
     "llava_next": LlavaNextForConditionalGenerationRBL,
     "llava_onevision": LlavaOnevisionRBL,
+    "qwen3_vl": family_class("qwen3_vl"),
 }
+IMAGE, VIDEO = 3, 4  # ids of placeholders
 # The 7B shape is that of each family's checkpoint; the small one has 8 layers of width 512 behind a small tower.
 PRESETS = {
     "small": {
@@ -72,43 +84,112 @@ PRESETS = {
 }
 
 
+# Shapes of released checkpoints, by the name of a preset: family, sizes, and what is asked about.
+ONEVISION_7B = {
+    "vision": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16},
+    "text": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152128,
+    },
+}
+QWEN3_VL_8B = {
+    "vision": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16},
+    "text": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+    },
+}
+PRESETS |= {"qwen3-vl-8b": QWEN3_VL_8B, "onevision-36-tiles": ONEVISION_7B, "video-32": ONEVISION_7B}
+FAMILY_OF = {"qwen3-vl-8b": "qwen3_vl", "onevision-36-tiles": "llava_onevision", "video-32": "llava_onevision"}
+TILES = {"onevision-36-tiles": (6, 6)}  # rows and columns; 2 x 2 elsewhere
+FRAMES = {"video-32": 32}
+SKIPPED = ("qwen3_vl", "7b")  # that preset is of LLaVA's shapes
+PATCHES = {"small": 32, "qwen3-vl-8b": 64}  # of Qwen3-VL's image, along a side: 512 and 1,024 pixels
+
+
 def build_model(family: str, preset: str, device: str):
     """Random weights of a family's architecture: CLIP-L/336 or SigLIP-so400m/384 patches, its own language model."""
     sizes, config_class = PRESETS[preset], FAMILIES[family].config_class
     side = 384 if family == "llava_onevision" else 336
-    vision = {**sizes["vision"], "image_size": side, "patch_size": 14}
-    text = {**sizes["text"], "max_position_embeddings": 16384, "pad_token_id": 0}
-    common = {"image_token_index": 3, "tie_word_embeddings": False}
-    if family == "llava_onevision":
-        common |= {"video_token_index": 4, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-        vision, text = SiglipVisionConfig(**vision, vision_use_head=False), Qwen2Config(**text)
+    text = {**sizes["text"], "max_position_embeddings": 32768, "pad_token_id": 0}
+    common = {"tie_word_embeddings": False}
+    if family == "qwen3_vl":
+        depth, heads = sizes["vision"]["num_hidden_layers"], sizes["vision"]["num_attention_heads"]
+        vision = {
+            **{name: sizes["vision"][name] for name in ("hidden_size", "intermediate_size")},
+            **{"depth": depth, "num_heads": heads, "out_hidden_size": text["hidden_size"], "patch_size": 16},
+            "deepstack_visual_indexes": [depth // 4, depth // 2, depth - 2],
+        }
+        head = text["hidden_size"] // text["num_attention_heads"]
+        sections = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+        text |= {"head_dim": head, "rope_parameters": rope}
+        common |= {
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": 5,
+            "vision_end_token_id": 6,
+        }
     else:
-        vision, text = CLIPVisionConfig(**vision), LlamaConfig(**text)
-    if family != "llava":
-        grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-        common["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in grids]
+        vision = {**sizes["vision"], "image_size": side, "patch_size": 14}
+        common |= {"image_token_index": IMAGE}
+        if family == "llava_onevision":
+            common |= {"video_token_index": VIDEO, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+            vision, text = SiglipVisionConfig(**vision, vision_use_head=False), Qwen2Config(**text)
+        else:
+            vision, text = CLIPVisionConfig(**vision), LlamaConfig(**text)
+        if family != "llava":
+            grids = {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3), TILES.get(preset, (2, 2))}
+            common["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in sorted(grids)]
     config = config_class(vision_config=vision, text_config=text, **common)
-    dtype = torch.bfloat16 if preset == "7b" else torch.float32
+    dtype = torch.float32 if preset == "small" else torch.bfloat16
     torch.manual_seed(0)
     default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
     with torch.device(device):
         model = FAMILIES[family](config).eval()
     torch.set_default_dtype(default)
-    model.set_codebook(RedundancyCodebook(torch.randn(969, text.hidden_size)))
+    if device != "meta":
+        model.set_codebook(RedundancyCodebook(torch.randn(PROTOTYPES, config.get_text_config().hidden_size)))
     return model
 
 
-def build_inputs(model, device: str):
-    """One square photo: the base image, and four tiles where the family has them."""
-    side = model.config.vision_config.image_size
-    tiled = hasattr(model.config, "image_grid_pinpoints")
-    shape = (1, 5, 3, side, side) if tiled else (1, 3, side, side)
-    pixels = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
-    visual = {"pixel_values": pixels}
-    if tiled:
-        visual["image_sizes"] = torch.tensor([[2 * side, 2 * side]])
-    image = len(model.model.token_kinds(**visual)[0])
-    ids = torch.cat([torch.arange(10, 30), torch.full((image,), 3), torch.arange(30, 50)])[None].to(device)
+def build_inputs(model, preset: str, device: str, batch: int = 1, blank: bool = False):
+    """Square photos, one a prompt: the base image, and tiles where the family has them; or one video. With `blank`, all
+    tiles but the first are one colour."""
+    generator, family = torch.Generator().manual_seed(0), model.config.stock_model_type()
+    if family == "qwen3_vl":
+        side, vision = PATCHES[preset], model.config.vision_config
+        width = 3 * vision.temporal_patch_size * vision.patch_size**2
+        visual = {"pixel_values": torch.randn(batch * side**2, width, generator=generator).to(device, model.dtype)}
+        visual["image_grid_thw"] = torch.tensor([[1, side, side]] * batch, device=device)
+    else:
+        side, (rows, columns) = model.config.vision_config.image_size, TILES.get(preset, (2, 2))
+        tiled = hasattr(model.config, "image_grid_pinpoints")
+        name, count = ("pixel_values_videos", FRAMES[preset]) if preset in FRAMES else ("pixel_values", 1)
+        count = 1 + rows * columns if name == "pixel_values" and tiled else count
+        pixels = torch.randn(batch, count, 3, side, side, generator=generator)
+        if blank:
+            pixels[:, 2:] = 0.5
+        pixels = pixels if tiled else pixels[:, 0]
+        visual = {name: pixels.to(device, model.dtype)}
+        if tiled and name == "pixel_values":
+            visual["image_sizes"] = torch.tensor([[rows * side, columns * side]] * batch)
+    modality, placeholder = ("video", VIDEO) if "pixel_values_videos" in visual else ("image", IMAGE)
+    length = len(model.model.layouts(modality, **visual)[0])
+    marks = [torch.tensor([5]), torch.tensor([6])] if family == "qwen3_vl" else [torch.tensor([], dtype=torch.long)] * 2
+    image = torch.full((length,), placeholder)
+    ids = torch.cat([torch.arange(10, 30), marks[0], image, marks[1], torch.arange(30, 50)])
+    ids = ids.expand(batch, -1).contiguous().to(device)
+    if family == "qwen3_vl":
+        visual["mm_token_type_ids"] = (ids == placeholder).long()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
 
 
@@ -151,20 +232,42 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
+    """Seconds of stock, pruned and oracle, and what they are spent on."""
     pruning = PruningConfig(keep_ratio=keep_ratio)
     prefill_only = {"use_cache": True, "logits_to_keep": 1}
     output = model(**inputs, **prefill_only, pruning=pruning)
-    ids, slots = inputs["input_ids"], inputs["input_ids"] == 3
-    visual = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    kept_ids = ids[output.prompt_mask][None]
-    tokens = model.get_image_features(**visual, pruning=OFF).pooler_output[0]
-    patches = tokens.float()
-    mask, unit = output.keep_masks[0], model.codebook.unit_prototypes
+    modality = "video" if "pixel_values_videos" in inputs else "image"
+    visual = {
+        name: value for name, value in inputs.items() if name.startswith("pixel") or name in ("image_sizes", GRIDS)
+    }
+    encode = getattr(model, f"get_{modality}_features")
+    batch, masks = len(inputs["input_ids"]), output["video_keep_masks" if modality == "video" else "keep_masks"]
+    kept = {
+        name: inputs[name][output.prompt_mask].view(batch, -1)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        if name in inputs
+    }
+    if GRIDS in inputs:  # where kept tokens lie in their image, as the pruned model would say
+        positions, _ = model.model.get_rope_index(
+            **{name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "attention_mask", GRIDS)}
+        )
+        kept["position_ids"] = torch.stack([axis[output.prompt_mask].view(batch, -1) for axis in positions])
+    tokens = encode(**visual, pruning=OFF, return_dict=True).pooler_output
+    patches, unit = (
+        torch.cat([part.reshape(-1, part.shape[-1]) for part in tokens]).float(),
+        model.codebook.unit_prototypes,
+    )
 
     def oracle():
-        features = model.get_image_features(**visual, pruning=OFF)
-        features.pooler_output = [features.pooler_output[0][mask]]
-        model(input_ids=kept_ids, mm_encoder_outputs={"image": features}, **prefill_only)
+        features = encode(**visual, pruning=OFF, return_dict=True)
+        parts = [part.reshape(-1, part.shape[-1]) for part in features.pooler_output]
+        features.pooler_output = [part[mask] for part, mask in zip(parts, masks, strict=True)]
+        if features.get("deepstack_features") is not None:
+            whole = torch.cat(list(masks))
+            features.deepstack_features = [layer[whole] for layer in features.deepstack_features]
+        if modality == "video":
+            features.pooler_output = torch.cat(features.pooler_output)[None]
+        model(**kept, mm_encoder_outputs={modality: features}, **prefill_only)
 
     tasks = {
         "stock": lambda: model(**inputs, **prefill_only, pruning=OFF),
@@ -178,14 +281,163 @@ def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
     stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF)[CACHE])
     return {
         "family": model.config.stock_model_type(),
+        "batch": batch,
         "keep_ratio": keep_ratio,
-        "visual_tokens": [int(slots.sum()), int(mask.sum())],
+        "visual_tokens": [sum(len(mask) for mask in masks), sum(int(mask.sum()) for mask in masks)],
         "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
         "pruned_over_stock": ratio(seconds["pruned"], seconds["stock"]),
         "pruned_over_oracle": ratio(seconds["pruned"], seconds["oracle"]),
         "pruned_over_oracle_and_product": ratio(seconds["pruned"], floor),
         "share_of_scoring_and_compaction": statistics.median(added),
+        "parts_ms": parts(model, tasks["pruned"], rounds, device),
         "cache_mib": [stock_bytes / 2**20, cache_bytes(output[CACHE]) / 2**20],
+        "peak_mib": {name: peak(tasks[name]) for name in ("stock", "pruned")} if device == "cuda" else None,
+    }
+
+
+def parts(model, call, rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of the pruned call's parts, in rounds of their own: each end waits for the device."""
+    marks: dict[str, float] = {}
+
+    def mark(name: str) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        marks[name] = time.perf_counter()
+
+    headless, compact = model.model, RBLMixin._compact
+
+    def compacted(self, *args):
+        mark("score")
+        compact(self, *args)
+
+    hooks = [
+        headless.get_submodule(model.family.projector).register_forward_hook(lambda *_: mark("tower")),
+        model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: mark("compact")),
+    ]
+    RBLMixin._compact = compacted
+    spent: dict[str, list[float]] = {}
+    try:
+        for _ in range(rounds):
+            mark("start")
+            call()
+            mark("language model")
+            names = ("start", "tower", "score", "compact", "language model")
+            for before, name in itertools.pairwise(names):
+                spent.setdefault(name, []).append(marks[name] - marks[before])
+    finally:
+        RBLMixin._compact = compact
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics.median(times) * 1e3 for name, times in spent.items()}
+
+
+def peak(call) -> float:
+    """Most MiB of GPU memory that are in use during a call, weights included."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+@torch.inference_mode()
+def decoding(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict[str, float]:
+    """Tokens a second while 64 are decoded, the prefill taken off."""
+
+    def generate(pruning: PruningConfig, count: int):
+        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        return lambda: model.generate(**inputs, **settings, pruning=pruning)
+
+    rules = {"stock": OFF, "pruned": PruningConfig(keep_ratio=keep_ratio)}
+    tasks = {f"{name} {count}": generate(rule, count) for name, rule in rules.items() for count in (1, 65)}
+    seconds = {name: statistics.median(times) for name, times in interleave(tasks, rounds, device, "decoding").items()}
+    return {name: len(inputs["input_ids"]) * 64 / (seconds[f"{name} 65"] - seconds[f"{name} 1"]) for name in rules}
+
+
+@torch.inference_mode()
+def blank_tiles(model, preset: str, keep_ratio: float, rounds: int, device: str) -> dict:
+    """An image of which all tiles but one are blank: every tile, equal ones once, and those that the thumbnail asks
+    for, which on noise (this model's weights are random) is chance's choice."""
+    inputs, call = build_inputs(model, preset, device, blank=True), {"use_cache": True, "logits_to_keep": 1}
+    rules = {
+        "every tile": {"encode_once": False},
+        "equal tiles once": {},
+        "where needed": {"tiles": "where_needed"},
+        "base": {"tiles": "base"},
+    }
+    rows: list[int] = []
+    layer = next(module for name, module in model.model.vision_tower.named_modules() if name.endswith("layers.0"))
+    hook = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    passes, tasks = {}, {}
+    for name, settings in rules.items():
+        rule = PruningConfig(keep_ratio=keep_ratio, **settings)
+        tasks[name] = lambda rule=rule: model(**inputs, **call, pruning=rule)
+        rows.clear()
+        tasks[name]()
+        passes[name] = sum(rows)
+    hook.remove()
+    seconds = interleave(tasks, rounds, device, "blank tiles")
+    return {
+        "family": model.config.stock_model_type(),
+        "keep_ratio": keep_ratio,
+        "tower_passes": passes,
+        "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
+        "over_every_tile": {name: ratio(times, seconds["every tile"]) for name, times in seconds.items()},
+    }
+
+
+def flops(preset: str, family: str, keep_ratio: float) -> dict:
+    """TFLOP of a prompt's parts, counted by `torch.utils.flop_counter` on the meta device, where nothing is computed;
+    of Qwen3-VL's tower, whose code reads its grid, by the formula of its products."""
+    model = build_model(family, preset, "meta")
+    rows, columns = TILES.get(preset, (2, 2))
+    width, text = model.config.get_text_config().hidden_size, 40
+
+    def counted(call) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return counter.get_total_flops() / 1e12
+
+    def language(length: int) -> float:
+        embeds = torch.empty(1, length, width, device="meta", dtype=model.dtype)
+        body = counted(lambda: model.model.language_model(inputs_embeds=embeds, use_cache=True))
+        return body + 2 * width * model.config.get_text_config().vocab_size / 1e12
+
+    vision = model.config.vision_config
+    if family == "qwen3_vl":
+        patches, merged = PATCHES[preset] ** 2, vision.spatial_merge_size**2
+        layer = 2 * patches * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
+        tower = vision.depth * (layer + 4 * patches**2 * vision.hidden_size) / 1e12
+        tower_run, passes, frames, row_ends = tower, 1, 1, 0
+        tokens = patches // merged
+    else:
+        pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta", dtype=model.dtype)
+        tower = counted(lambda: model.model.vision_tower(pixels))
+        _, settings = model.family.stopped(model.model, {})
+        view = up_to_layer(model.model, settings.get("vision_feature_layer", vision.num_hidden_layers))
+        tower_run = counted(lambda: view.vision_tower(pixels))
+        tiled = hasattr(model.config, "image_grid_pinpoints")
+        frames = FRAMES.get(preset, 1)
+        passes = frames if preset in FRAMES else 1 + rows * columns if tiled else 1
+        modality, name = ("video", "pixel_values_videos") if preset in FRAMES else ("image", "pixel_values")
+        shape = (1, passes, *pixels.shape[1:]) if tiled else pixels.shape
+        visual = {name: torch.empty(shape, device="meta")}
+        if tiled and modality == "image":
+            side = vision.image_size
+            visual["image_sizes"] = torch.tensor([[rows * side, columns * side]])
+        layout = model.model.layouts(modality, **visual)[0]
+        tokens, row_ends = layout.numbers_scored, len(layout) - layout.numbers_scored
+    kept = frames * kept_token_count(tokens // frames, keep_ratio)
+    return {
+        "preset": preset,
+        "family": family,
+        "keep_ratio": keep_ratio,
+        "visual_tokens": [tokens + row_ends, kept + row_ends],
+        "tower_passes": passes,
+        "tower_of_one_pass": tower,
+        "tower": passes * tower,
+        "tower_up_to_the_selected_layer": passes * tower_run,
+        "scores": 2 * tokens * PROTOTYPES * width / 1e12,
+        "language_model": language(text + tokens + row_ends),
+        "language_model_pruned": language(text + kept + row_ends),
     }
 
 
@@ -222,39 +474,57 @@ def show(figures: tuple[float, float, float]) -> str:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    family: Annotated[list[str] | None, typer.Option(help="llava, llava_next or llava_onevision; default all.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help=f"{', '.join(FAMILIES)}; default all of a preset.")] = None,
     keep_ratio: Annotated[
         list[float] | None, typer.Option(help="Ratios to measure; default 1, .5, .22, .11, .05.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="small (8 layers, width 512) or 7b.")] = "small",
-    rounds: Annotated[int, typer.Option(min=7, help="Timed rounds; medians are over these.")] = 15,
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "small",
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; medians are over these.")] = 15,
+    batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; default 1.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
+    count_flops: Annotated[bool, typer.Option("--flops", help="Count FLOPs of all presets instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")] = None,
 ) -> None:
     """Prefill and scoring, pruned against stock, oracle, and upstream's own steps."""
-    if preset not in ("small", "7b") or (device == "cuda" and not torch.cuda.is_available()):
-        raise typer.BadParameter("--preset is small or 7b; --device cuda needs a GPU.")
-    if unknown := set(family or ()) - set(FAMILIES):
-        raise typer.BadParameter(f"--family knows {', '.join(FAMILIES)}, not {', '.join(unknown)}.")
+    if preset not in PRESETS or (device == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"--preset is one of {', '.join(PRESETS)}; --device cuda needs a GPU.")
+    families = [FAMILY_OF[preset]] if preset in FAMILY_OF else [name for name in FAMILIES if (name, preset) != SKIPPED]
+    if unknown := set(family or ()) - set(families):
+        raise typer.BadParameter(
+            f"--family with preset {preset} knows {', '.join(families)}, not {', '.join(unknown)}."
+        )
     if threads:
         torch.set_num_threads(threads)
-    rows = []
-    for name in family or FAMILIES:
+    console = Console(width=160)
+    if count_flops:
+        figures = [
+            flops(name, of, one) for one in keep_ratio or (0.22, 0.11) for name in PRESETS if name != "small"
+            for of in ([FAMILY_OF[name]] if name in FAMILY_OF else [f for f in FAMILIES if (f, name) != SKIPPED])
+        ]  # fmt: skip
+        show_flops(console, figures)
+        return write(out, {"flops": figures, "torch": torch.__version__, "transformers": transformers.__version__})
+    rows, decoded, blanks = [], [], []
+    for name in family or families:
         model = build_model(name, preset, device)
-        inputs = build_inputs(model, device)
-        rows += [prefill(model, inputs, ratio, rounds, device) for ratio in keep_ratio or RATIOS]
+        for size in batch or [1]:
+            inputs = build_inputs(model, preset, device, size)
+            rows += [prefill(model, inputs, one, rounds, device) for one in keep_ratio or RATIOS]
+            speeds = decoding(model, inputs, 0.11, max(3, rounds // 5), device)
+            decoded.append({"family": name, "batch": size, "keep_ratio": 0.11, "tokens_per_second": speeds})
+        if hasattr(model.config, "image_grid_pinpoints") and preset not in FRAMES:
+            blanks.append(blank_tiles(model, preset, 0.11, rounds, device))
         del model
     scores = scoring(rounds, device)
     chip = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}, {datetime.date.today()}"
-
     table = Table(
         title=f"Prefill, preset {preset}, {machine}\nmedians of {rounds} rounds, [95% interval of the median ratio]"
     )
     columns = (
-        "family|keep|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)|added|MiB"
+        "family|batch|keep|tokens|stock ms|pruned ms|oracle ms|pruned/stock|pruned/oracle|pruned/(oracle+product)"
+        "|tower|score|compact|language model|MiB"
     )
     for column in columns.split("|"):
         table.add_column(column, overflow="fold")
@@ -262,28 +532,61 @@ def main(
         times = row["median_ms"]
         table.add_row(
             row["family"],
+            str(row["batch"]),
             str(row["keep_ratio"]),
             "{}→{}".format(*row["visual_tokens"]),
-            f"{times['stock']:.0f}",
-            f"{times['pruned']:.0f}",
-            f"{times['oracle']:.0f}",
-            show(row["pruned_over_stock"]),
-            show(row["pruned_over_oracle"]),
-            show(row["pruned_over_oracle_and_product"]),
-            f"{row['share_of_scoring_and_compaction']:.1%}",
+            *(f"{times[name]:.0f}" for name in ("stock", "pruned", "oracle")),
+            *(show(row[f"pruned_over_{name}"]) for name in ("stock", "oracle", "oracle_and_product")),
+            *(f"{row['parts_ms'][name]:.1f}" for name in ("tower", "score", "compact", "language model")),
             "{:.1f}→{:.1f}".format(*row["cache_mib"]),
         )
-    console = Console(width=150)
     console.print(table)
+    for row in decoded:
+        speeds = row["tokens_per_second"]
+        console.print(
+            f"{row['family']}, batch {row['batch']}: {speeds['stock']:.1f} tokens a second decoded by stock, "
+            f"{speeds['pruned']:.1f} pruned to {row['keep_ratio']}"
+        )
+    for row in blanks:
+        console.print(f"{row['family']}, tiles blank but one, keep_ratio {row['keep_ratio']}:")
+        for name, figures in row["over_every_tile"].items():
+            passes, spent = row["tower_passes"][name], row["median_ms"][name]
+            console.print(f"  {name}: {passes} passes of the tower, {spent:.0f} ms, {show(figures)} of every tile's")
     console.print("Scoring 2880 x 4096 against 969 prototypes, float32:")
     for name in ("score_over_product", "transcription_over_score", "flattened_transcription_over_score"):
         console.print(f"  {name.replace('_', ' ')}: {show(scores[name])}")
     console.print("  " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in scores["median_ms"].items()))
+    about = {"machine": machine, "preset": preset}
+    write(out, about | {"prefill": rows, "decoding": decoded, "blank_tiles": blanks, "scoring": scores})
+
+
+def show_flops(console: Console, figures: list[dict]) -> None:
+    table = Table(title="TFLOP of one prompt, counted")
+    for column in "preset|family|keep|tokens|passes|tower|up to its layer|scores|language model|pruned|all".split("|"):
+        table.add_column(column)
+    for row in figures:
+        whole = row["tower"] + row["language_model"]
+        pruned = row["tower_up_to_the_selected_layer"] + row["scores"] + row["language_model_pruned"]
+        table.add_row(
+            row["preset"],
+            row["family"],
+            str(row["keep_ratio"]),
+            "{}→{}".format(*row["visual_tokens"]),
+            str(row["tower_passes"]),
+            f"{row['tower']:.2f}",
+            f"{row['tower_up_to_the_selected_layer']:.2f}",
+            f"{row['scores']:.3f}",
+            f"{row['language_model']:.2f}",
+            f"{row['language_model_pruned']:.2f}",
+            f"{whole:.2f}→{pruned:.2f}",
+        )
+    console.print(table)
+
+
+def write(out: Path | None, figures: dict) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(
-            json.dumps({"machine": machine, "preset": preset, "prefill": rows, "scoring": scores}, indent=2) + "\n"
-        )
+        out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
