@@ -96,8 +96,8 @@ def test_beams_with_several_sequences_equal_single(kit: Kit):
 
 @pytest.mark.parametrize("prompt", ["one", "two"])
 def test_beams_equal_stock_on_compact_embeddings(kit: Kit, prompt: str):
-    """Where they take no embeddings (deepstack, masks of images), on compact ids beside the visual tokens that stay. Two
-    images of one prompt are refused where stock mixes them."""
+    """Where they take no embeddings (deepstack, masks of images), on compact ids beside the visual tokens that stay.
+    Two images of one prompt are refused where stock mixes them."""
     state = kit.oracle.prepare(getattr(kit, prompt), RATIO)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
     if COPIES in kit.model.family.refuses and prompt == "two":
