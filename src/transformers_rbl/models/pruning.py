@@ -45,6 +45,7 @@ class PruningConfig:
             the threshold says.
         newlines (`str`, defaults to `"all"`): which row-end tokens stay: `"all"`; `"row"`, those of rows that keep a
             patch (the count then depends on the content); `"last"`, one per image. Row-end tokens are never scored.
+            Marks in text that end the rows of Mistral 3 and Molmo 2 follow it too.
         tiles (`str`, defaults to `"all"`): `"base"` drops the anyres tiles (with their row ends) before the vision
             tower runs, so that only the base image's tokens are scored and counted.
             `"where_needed"` (LLaVA-NeXT, OneVision) encodes the base image first and then those tiles alone on whose
