@@ -8,7 +8,7 @@ import torch
 
 from testbeds.comparison import accuracy
 from testbeds.encoding import encode_all
-from testbeds.leaderboard import answers, command
+from testbeds.leaderboard import answers, command, times
 from testbeds.leaderboard.answers import MERGE_POLICIES, ORACLE, RESIZED, UNPRUNED, Asked, Scenes
 from testbeds.leaderboard.cases import committed_cases
 from testbeds.leaderboard.ledger import Ledger
@@ -133,7 +133,7 @@ def test_an_interval_over_groups_weighs_each_alike():
 
 
 def test_the_command_writes_a_page_that_its_json_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "LENGTHS", (40,))
+    monkeypatch.setattr(times, "LENGTHS", (40,))
     command.main(
         tmp_path,
         tmp_path / "known.jsonl",

@@ -40,7 +40,7 @@ class Example:
 
     def others(self) -> dict[str, list[np.ndarray]]:
         """Whatever else patches show, by name, each as [`~Example.subjects`]: what a rule kept instead."""
-        return {"other": [~subject for subject in self.subjects()]}
+        return {"other": [subject == 0 for subject in self.subjects()]}
 
     def pictures(self) -> list[Image.Image]:
         return [Image.fromarray(image) for image in self.images]

@@ -150,7 +150,9 @@ def pruning_of(rule: str, merge: str, ratio: float) -> PruningConfig:
     return PruningConfig(keep_ratio=ratio, score=rule, merge=merge)
 
 
-def runs_of(scores: Sequence[str], retentions: Sequence[float]) -> Iterator[tuple[str, str, float]]:
+def runs_of(
+    scores: Sequence[str], retentions: Sequence[float], merges: Sequence[str] = MERGE_POLICIES
+) -> Iterator[tuple[str, str, float]]:
     """`(rule, merge, retention)` of every run, references and resizing among them."""
     yield UNPRUNED, PLAIN, 1.0
     yield NO_IMAGE, PLAIN, 0.0
@@ -158,7 +160,7 @@ def runs_of(scores: Sequence[str], retentions: Sequence[float]) -> Iterator[tupl
         yield ORACLE, PLAIN, ratio
         yield RESIZED, PLAIN, ratio
         for score in scores:
-            for merge in MERGE_POLICIES:
+            for merge in merges:
                 yield score, merge, ratio
 
 
@@ -168,12 +170,13 @@ def answer_all(
     ledger: Ledger,
     scores: Sequence[str] = tuple(SCORERS),
     retentions: Sequence[float] = RETENTIONS,
+    merges: Sequence[str] = MERGE_POLICIES,
 ) -> dict[str, Any]:
     """`about` of a case, and the `rows` of its runs: [`Asked.run`] with `rule`, `merge` and `wanted`. What the ledger
     lacks is answered now."""
     asked, rows = Asked(case, scenes), []
     about = ledger.get((case.name, asked.digest, "about"), asked.about)
-    for rule, merge, ratio in tqdm(list(runs_of(scores, retentions)), desc=case.name, unit="run"):
+    for rule, merge, ratio in tqdm(list(runs_of(scores, retentions, merges)), desc=case.name, unit="run"):
         key = (case.name, asked.digest, rule, merge, ratio)
         values = ledger.get(key, functools.partial(asked.run, rule, merge, ratio))
         rows.append({"rule": rule, "merge": merge, "wanted": ratio, **values})

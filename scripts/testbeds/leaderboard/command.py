@@ -6,7 +6,6 @@ python scripts/testbeds leaderboard
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 import transformers
 import typer
 
+from transformers_rbl.models.merging import MERGE_POLICIES
 from transformers_rbl.models.scorers import SCORERS
 
 from ..registry import Split
@@ -28,10 +28,10 @@ from .losing import worst_scene
 from .needs import needs_of_rules
 from .page import FEW, page, uses_codebook
 from .standing import Standing
-from .times import LENGTHS, selection_times
+from .times import selection_times
 
 
-WORST_OF = 40  # scenes that the picture is chosen from
+WORST_OF = 20  # scenes that the picture is chosen from
 
 
 def main(
@@ -46,28 +46,26 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Rules to run, by name; default all. Repeat.")] = None,
     checkpoint: Annotated[list[str] | None, typer.Option(help="Folders of codebooks/; default all. Repeat.")] = None,
     retention: Annotated[list[float] | None, typer.Option(help="Shares to keep; default seven. Repeat.")] = None,
+    merge: Annotated[list[str] | None, typer.Option(help="none, nearest; default both. Repeat.")] = None,
 ) -> None:
     """Every rule on every committed testbed checkpoint. Started again, it goes on with what is missing."""
     torch.set_num_threads(1)
     if unknown := sorted(set(only or ()) - set(SCORERS)):
         raise typer.BadParameter(f"--only is one of {', '.join(SCORERS)}, not {', '.join(unknown)}.")
+    if unknown := sorted(set(merge or ()) - set(MERGE_POLICIES)):
+        raise typer.BadParameter(f"--merge is one of {', '.join(MERGE_POLICIES)}, not {', '.join(unknown)}.")
     scores, ratios = tuple(only or SCORERS), sorted(retention or RETENTIONS, reverse=True)
     cases = [case for case in committed_cases() if checkpoint is None or case.checkpoint.name in checkpoint]
     if not cases:
         raise typer.BadParameter("No such checkpoint is committed in codebooks/.")
     ledger, scenes = Ledger(work), Scenes(count, split, seed)
-    answered = [answer_all(case, scenes, ledger, scores, ratios) for case in cases]
-    needs = {score: needs_of_rules(score, cases, ledger) for score in scores}
-    times = {
-        str(length): ledger.get(
-            ("times", length, rounds, *scores),
-            functools.partial(selection_times, length, max(3, rounds * LENGTHS[0] // length), scores),
-        )
-        for length in LENGTHS
-    }
+    answered = [answer_all(case, scenes, ledger, scores, ratios, tuple(merge or MERGE_POLICIES)) for case in cases]
+    needs = needs_of_rules(scores, cases, ledger)
+    times = selection_times(scores, rounds, ledger)
     options = "".join(f" --only {name}" for name in only or ())
     options += "".join(f" --checkpoint {name}" for name in checkpoint or ())
     options += "".join(f" --retention {ratio}" for ratio in retention or ())
+    options += "".join(f" --merge {name}" for name in merge or ())
     asked = {"--count": (count, 200), "--split": (split, "test"), "--seed": (seed, 2026), "--times": (rounds, 9)}
     options += "".join(f" {name} {value}" for name, (value, default) in asked.items() if value != default)
     about = {

@@ -29,39 +29,53 @@ COLUMNS = ("refused", "served", "counts", "batches")
 GIVEN = {"tokens", "count", "seed", "frame"}
 
 
-def needs_of_rules(score: str, cases: Sequence[Case], ledger: Ledger) -> dict[str, Any]:
-    """What a rule needs.
+def needs_of_rules(scores: Sequence[str], cases: Sequence[Case], ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """By rule, what it needs.
 
     Returns:
-        `dict`: `title`, the first line of its documentation; `reads`, the arguments that not every model or call has;
-        `question_free`; `threshold`, whether it takes one; and by checkpoint `refused`, why it cannot run there,
-        `served`, why an engine cannot serve it there (None if it can), `counts`, whether the number of kept tokens was
-        what the layout had said before, and `batches`, whether two prompts of two lengths in one batch kept what each
-        keeps alone.
+        `dict[str, dict]`: `title`, the first line of its documentation; `reads`, the arguments that not every model or
+        call has; `question_free`; `threshold`, whether it takes one; and by checkpoint `refused`, why it cannot run
+        there, `served`, why an engine cannot serve it there (None if it can), `counts`, whether the number of kept
+        tokens was what the layout had said before, and `batches`, whether two prompts of two lengths in one batch kept
+        what each keeps alone.
     """
-    tried = {}
-    for case in cases:
-        name = case.checkpoint.name
-        if name not in tried:
-            tried[name] = ledger.get(("needs", name, score), functools.partial(_try, case, score))
-    columns = {column: {name: each.get(column) for name, each in tried.items()} for column in COLUMNS}
-    return {**_by_signature(score), **columns}
+    needs = {score: {**_by_signature(score), **{column: {} for column in COLUMNS}} for score in scores}
+    for case in {case.checkpoint: case for case in reversed(cases)}.values():
+        trial, name = Trial(case), case.checkpoint.name
+        for score in scores:
+            found = ledger.get(("needs", name, score), functools.partial(trial.of, score))
+            for column in COLUMNS:
+                needs[score][column][name] = found.get(column)
+    return needs
 
 
-@torch.no_grad()
-def _try(case: Case, score: str) -> dict[str, Any]:
-    """`refused`, `served`, `counts` and `batches` on one checkpoint."""
-    model, inputs = load(case), two_prompts(case)
-    pruning = PruningConfig(keep_ratio=KEEP, score=score)
-    if (refused := refusal(model, inputs[1], pruning)) is not None:
-        return {"refused": refused}
-    together, *alone = (_masks(model, each, pruning) for each in inputs)
-    layouts = model.model.layouts(**inputs[0]) or []
-    return {
-        "served": _why_not_served(model, pruning),
-        "counts": [layout.kept_count(pruning) for layout in layouts] == [int(mask.sum()) for mask in together],
-        "batches": all(map(torch.equal, together, [mask for each in alone for mask in each])),
-    }
+class Trial:
+    """A checkpoint's model and two prompts, prepared when they are first needed."""
+
+    def __init__(self, case: Case):
+        self.case = case
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        return load(self.case)
+
+    @functools.cached_property
+    def prompts(self) -> list[BatchFeature]:
+        return two_prompts(self.case)
+
+    @torch.no_grad()
+    def of(self, score: str) -> dict[str, Any]:
+        """`refused`, or `served`, `counts` and `batches`."""
+        pruning = PruningConfig(keep_ratio=KEEP, score=score)
+        if (refused := refusal(self.model, self.prompts[1], pruning)) is not None:
+            return {"refused": refused}
+        together, *alone = (_masks(self.model, each, pruning) for each in self.prompts)
+        layouts = self.model.model.layouts(**self.prompts[0]) or []
+        return {
+            "served": _why_not_served(self.model, pruning),
+            "counts": [layout.kept_count(pruning) for layout in layouts] == [int(mask.sum()) for mask in together],
+            "batches": all(map(torch.equal, together, [mask for each in alone for mask in each])),
+        }
 
 
 def _by_signature(score: str) -> dict[str, Any]:
