@@ -11,7 +11,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+import transformers_rbl
 from conftest import make_family
 
 
@@ -55,6 +57,20 @@ def test_pre_commit_formats_with_the_version_that_ci_checks_with():
     assert revision == f"v{PINS['ruff']}"
 
 
+def test_the_version_is_in_one_place_and_the_changelog_tells_of_it():
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    heading = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+    assert heading == Version(transformers_rbl.__version__).base_version
+
+
+def test_a_release_publishes_what_it_has_tried():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    steps = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
+    for command in ("python -m build", "twine check --strict", "rbl verify", "-lt 1048576", "refs/tags/v$version"):
+        assert command in steps, command
+    assert jobs["publish"]["needs"] == "build" and "refs/tags/v" in jobs["publish"]["if"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -75,16 +91,15 @@ def test_the_wheel_is_small_and_has_every_recipe(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """`installed(command)` runs `rbl` from the wheel, in a folder that is no checkout."""
+    """`installed(*arguments)` runs `rbl` from the wheel, in a folder that is no checkout; or a Python program."""
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "packages")]
     subprocess.run([*command, str(wheel)], check=True, timeout=300)
     code = "import sys; sys.path.insert(0, 'packages'); from transformers_rbl.cli import app; app()"
 
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=300
-        )
+    def run(*arguments, program=code):
+        command = [sys.executable, "-P", "-c", program, *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -104,6 +119,21 @@ def test_an_installed_wheel_builds_by_a_preset(installed, tmp_path):
         for path in (tmp_path / "book" / "recipe.yaml", ROOT / "codebooks" / "digits" / "recipe.yaml")
     )
     assert built.items() >= (preset | {"min_unique_images": 1}).items()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_verifies_a_checkpoint_and_runs_a_script(installed):
+    checkpoint = ROOT / "codebooks" / "digits-llava-next"
+    done = installed("verify", str(checkpoint), "--dtype", "float32")
+    assert done.returncode == 0 and "contract" in done.stdout, done.stdout + done.stderr
+    script = f"""
+import sys; sys.path.insert(0, "packages")
+from transformers_rbl import __file__, rbl_class
+model = rbl_class({str(checkpoint)!r}).from_pretrained({str(checkpoint)!r})
+print(len(model.codebook.prototypes), "packages" in __file__)
+"""
+    done = installed(program=script)
+    assert done.returncode == 0 and re.fullmatch(r"[1-9]\d* True", done.stdout.strip()), done.stderr
 
 
 @pytest.mark.slow

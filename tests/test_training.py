@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -164,3 +166,74 @@ def test_evaluation_of_batches_with_and_without_images(family, labelled, tmp_pat
         train = Trainer(model, arguments, lambda rows: dict(batches[rows[0]]), compute_metrics=metrics)
         assert np.isfinite(train.evaluate(Two())["eval_loss"])
         assert seen["tuple"] != full_length
+
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+LONG, SHORT = ([{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("How many", "see"))
+
+
+def trl_trainer(kind, family, tmp_path, model, **kwargs):
+    """TRL's trainer of one kind, on four images, two steps."""
+    names = {"SFT": {"completion": LONG}, "DPO": {"chosen": LONG, "rejected": SHORT}}[kind]
+    texts = {name: [text] * 4 for name, text in {"prompt": QUESTION, **names}.items()}
+    rows = Dataset.from_dict({"images": [[image] for image in family.images(4)], **texts})
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path),
+        per_device_train_batch_size=4,  # all rows, so that means over a batch are of any order
+        max_steps=2,
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")
+    return trainer(model, args=arguments, train_dataset=rows, processing_class=family.processor, **kwargs)
+
+
+def full_length(family):
+    model = family.pruned()
+    model.config.full_length_logits = True
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sft_of_trl_trains_with_the_loss_of_compact_prompts(family, tmp_path, lora):
+    """TRL runs the headless model, and pairs what it returns with full-length labels."""
+    config = LoraConfig(target_modules=["q_proj"], r=2) if lora else None
+    train = trl_trainer("SFT", family, tmp_path, full_length(family), peft_config=config)
+    batch = next(iter(train.get_train_dataloader()))
+    expected = family.pruned()(**{name: value for name, value in batch.items() if name != "use_cache"})
+    train.model.eval()
+    assert expected.logits.shape[1] < batch["input_ids"].shape[1]  # the language model sees fewer tokens
+    torch.testing.assert_close(train.compute_loss(train.model, dict(batch)), expected.loss, atol=1e-5, rtol=1e-5)
+    before = {name: value.clone() for name, value in train.model.named_parameters() if value.requires_grad}
+    assert np.isfinite(train.train().training_loss)
+    assert any((value != before[name]).any() for name, value in train.model.named_parameters() if name in before)
+
+
+def test_without_full_length_logits_trl_stops(family, tmp_path):
+    """As the guide says: it isn't trained on labels beside their place."""
+    train = trl_trainer("SFT", family, tmp_path, family.pruned())
+    with pytest.raises((RuntimeError, IndexError), match="shape"):
+        train.train()
+
+
+def test_dpo_of_trl_trains(family, tmp_path):
+    train = trl_trainer("DPO", family, tmp_path, full_length(family), ref_model=full_length(family))
+    train.args.logging_steps = 1
+    train.train()
+    first = train.state.log_history[0]
+    batch = next(iter(train.get_train_dataloader()))
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    with torch.no_grad():
+        compact = family.pruned()(**batch, labels=labels)
+    targets, said = compact.labels[:, 1:], compact.logits[:, :-1].log_softmax(-1)
+    each = said.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0).sum(1)
+    assert first["loss"] == pytest.approx(
+        np.log(2), abs=1e-4
+    )  # the reference is the model itself, before its first step
+    assert first["logps/chosen"] == pytest.approx(float(each[:4].mean()), rel=1e-4)
+    assert train.state.log_history[1]["rewards/margins"] != 0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .models.pruning import PruningConfig, kept_token_count
     from .models.scorers import register_scorer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Public name -> the file of models/ that holds it.
 _PLACES = {

@@ -25,9 +25,10 @@ class RBLConfigMixin(Mixed):
         codebook (`dict`, *optional*): what that codebook knows of itself (base model, recommended settings, how it was
             built).
         base_model (`str`, *optional*): Hub id of the stock checkpoint that the weights come from.
-        full_length_logits (`bool`, defaults to `False`): `forward` returns logits at the length of the original prompt
-            (dropped positions repeat the last kept one before them) instead of compact ones. Costs memory; for code
-            that pairs `logits` with its own full-length labels, such as `Trainer` with label smoothing.
+        full_length_logits (`bool`, defaults to `False`): `forward` returns logits (of headless models,
+            `last_hidden_state`) at the length of the original prompt, where dropped positions repeat the last kept one
+            before them, instead of compact ones. Costs memory; for code that pairs them with its own full-length
+            labels, such as `Trainer` with label smoothing, and TRL's trainers.
     """
 
     # Trainer gathers every other output as a prediction: the logits stay, then the labels that belong to them.

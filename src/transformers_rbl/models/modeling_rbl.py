@@ -119,10 +119,12 @@ class RBLMixin(LoadingMixin):
         extras: dict[str, Any] = {**prepared.masks, "prompt_mask": prepared.prompt_mask}
         if "labels" in call.along:
             extras["labels"] = call.along["labels"]
-        if "logits" in outputs and self.config.full_length_logits:
+        if self.config.full_length_logits:
             extras.pop("labels", None)
             if prepared.plan is not None:
-                outputs.logits = full_length(outputs.logits, prepared.plan)
+                # Of a full model the logits; of a headless one what their head reads: TRL calls it by itself.
+                name = "logits" if "logits" in outputs else "last_hidden_state"
+                outputs[name] = full_length(outputs[name], prepared.plan)
                 extras["prompt_mask"] = torch.ones_like(prepared.prompt_mask)
         if not return_dict:
             return outputs.to_tuple()
