@@ -82,7 +82,7 @@ class Served:
             Image.fromarray(random.randint(0, 255, (*size, 3), dtype=np.uint8)).save(path)
             self.images.append(str(path))
         self.video = str(folder / "video.npy")
-        np.save(self.video, random.randint(0, 255, (6, 48, 80, 3), dtype=np.uint8))
+        np.save(self.video, random.randint(0, 255, (4, 48, 80, 3), dtype=np.uint8))
 
     def batch(self, **more) -> list[dict]:
         """Six prompts: an image each of four sizes, two images, none."""
