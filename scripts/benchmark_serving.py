@@ -47,7 +47,7 @@ import tiny_checkpoint
 from benchmark_prefill import PRESETS, build_model
 from testbeds.answering import frame_of
 from testbeds.digits.questions import examples
-from transformers_rbl import PruningConfig
+from transformers_rbl import PruningConfig, rbl_class
 
 
 TESTBED = Path(__file__).parents[1] / "codebooks" / "digits-llava-next"
@@ -108,8 +108,9 @@ def as_stock(pruned: Path, stock: Path) -> Path:
     for name in ("pruning", "num_prototypes", "codebook", "full_length_logits", "base_model", "auto_map"):
         config.pop(name, None)
     config["model_type"] = config["model_type"].removesuffix("_rbl")
-    config["architectures"] = [name.removesuffix("RBL") for name in config["architectures"]]
+    config["architectures"] = [rbl_class(pruned).stock.__name__]
     (stock / "config.json").write_text(json.dumps(config))
+    (stock / "model.safetensors.index.json").unlink(missing_ok=True)  # names the codebook's weights too
     for shard in stock.glob("*.safetensors"):  # stock vLLM 0.32 reads LLaVA's vision towers with one level more
         weights = {
             name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight

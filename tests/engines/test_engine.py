@@ -82,7 +82,7 @@ class Served:
             Image.fromarray(random.randint(0, 255, (*size, 3), dtype=np.uint8)).save(path)
             self.images.append(str(path))
         self.video = str(folder / "video.npy")
-        np.save(self.video, random.randint(0, 255, (6, 48, 80, 3), dtype=np.uint8))
+        np.save(self.video, random.randint(0, 255, (4, 48, 80, 3), dtype=np.uint8))
 
     def batch(self, **more) -> list[dict]:
         """Six prompts: an image each of four sizes, two images, none."""
@@ -100,7 +100,7 @@ class Served:
         return [*one, two, {"prompt": "<s>USER: no picture here. ASSISTANT:"}]
 
     @torch.no_grad()
-    def expected(self, request: dict, keep_ratio: float, model=None, tokens: int = 8) -> list[int]:
+    def expected(self, request: dict, keep_ratio: float, **settings) -> list[int]:
         images = [Image.open(path).convert("RGB") for path in request.get("images", ())]
         visual = {"images": images or None}
         if "video" in request:
@@ -108,11 +108,11 @@ class Served:
             said = {name: value for name, value in video_metadata(len(frames)).items() if name != "do_sample_frames"}
             visual = {"videos": [frames], "video_metadata": [said], "do_sample_frames": False}
         inputs = self.family.processor(**visual, text=[request["prompt"]], return_tensors="pt")
-        out = (model or self.model).generate(
+        out = self.model.generate(
             **inputs,
-            pruning=PruningConfig(keep_ratio=keep_ratio),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
+            pruning=PruningConfig(keep_ratio=keep_ratio, **settings),
+            max_new_tokens=8,
+            min_new_tokens=8,
             do_sample=False,
             eos_token_id=None,
         )
@@ -172,6 +172,16 @@ def test_greedy_ids_are_those_of_transformers(served):
     if not across:
         assert served.encoded[0] >= 4 and served.encoded[3:6] == [0, 0, 0]
         assert served.encoded[2] >= 4, "at another ratio, the image of the first was taken"
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
+def test_merged_tokens_are_those_of_transformers(all_served, name):
+    """Row ends and deepstack features beside them."""
+    served, rule = all_served(name), {"keep_ratio": 0.2, "merge": "nearest"}
+    batch = served.batch()
+    found = served.run([batch], engine={"hf_overrides": {"pruning": rule}})[0]
+    assert [answer["ids"] for answer in found] == [served.expected(request, **rule) for request in batch]
+    assert any(answer["ids"] != served.expected(request, 0.2) for request, answer in zip(batch, found))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

@@ -72,7 +72,9 @@ class GridModel(RBLModel):
         if self.pruning.enabled:
             refuse_beside_pruning(vllm_config)
         most = vllm_config.scheduler_config.max_num_batched_tokens
+        # Of fixed addresses, as all that a captured CUDA graph reads. Between steps the offsets are zero.
         self.register_buffer("offsets", torch.zeros(3, most, dtype=torch.long), persistent=False)
+        self.register_buffer("places", torch.zeros(3, most, dtype=torch.long), persistent=False)
 
     def get_encoder_cudagraph_config(self) -> Any:
         config = super().get_encoder_cudagraph_config()
@@ -136,7 +138,8 @@ class GridModel(RBLModel):
 
     def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.pruning.enabled:
-            positions = positions + self.offsets[:, : positions.shape[-1]]
+            count = positions.shape[-1]
+            positions = torch.add(positions, self.offsets[:, :count], out=self.places[:, :count])
             self.offsets.zero_()
         return super().forward(input_ids, positions, *args, **kwargs)
 
@@ -144,9 +147,12 @@ class GridModel(RBLModel):
 def refuse_beside_pruning(vllm_config: VllmConfig) -> None:
     """What would run under positions that are not whole."""
     pruned_by_vllm = vllm_config.model_config.multimodal_config.video_pruning_rate
+    parallel = vllm_config.parallel_config
     refused = {
         "Speculative decoding": vllm_config.speculative_config is not None,
-        "Pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "Pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "Prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "A step in two micro-batches": parallel.use_ubatching,
         "--video-pruning-rate, vLLM's own pruning,": bool(pruned_by_vllm),
     }
     for what, asked in refused.items():
