@@ -140,15 +140,17 @@ class Oracle:
                 use_cache=False, **arguments,
             ).last_hidden_state  # fmt: skip
             return self.stock.lm_head(hidden)[0]
+        if self.case.model_type == "gemma3n":  # older stock classes take no per-layer inputs beside embeddings
+            decoder, cap = self.stock.get_decoder(), self.stock.config.get_text_config().final_logit_softcapping
+            hidden = decoder(
+                inputs_embeds=state.embeds, per_layer_inputs=decoder.get_per_layer_inputs(state.ids), use_cache=False
+            ).last_hidden_state
+            return (cap * torch.tanh(self.stock.lm_head(hidden) / cap))[0]
         if self.case.types:
             arguments[self.case.types] = state.told
         if hasattr(self.stock.get_decoder(), "get_per_layer_inputs"):
-            decoder = self.stock.get_decoder()
-            if self.case.model_type == "gemma3n":
-                arguments["per_layer_inputs"] = decoder.get_per_layer_inputs(state.ids)
-            else:
-                ids = state.ids.masked_fill(state.types > 0, PAD)
-                arguments["per_layer_inputs"] = decoder.get_per_layer_inputs(ids, None)
+            ids = state.ids.masked_fill(state.types > 0, PAD)
+            arguments["per_layer_inputs"] = self.stock.get_decoder().get_per_layer_inputs(ids, None)
         return self.stock(inputs_embeds=state.embeds, use_cache=False, **arguments).logits[0]
 
     @torch.no_grad()
