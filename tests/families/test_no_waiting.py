@@ -101,3 +101,18 @@ def test_each_way_of_asking_is_seen(kits, asking: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(RBLMixin, "_compact", then)
     assert any(wait.is_ours for wait in called(kit.model, "forward", **kit.inputs(kit.one)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl"])
+def test_a_compiled_model_answers_the_same(kits, name: str):
+    """With graph breaks: what the prompt says is read on the host."""
+    kit = kits(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(kit.model, backend="eager")
+    for prompt in (kit.one, kit.two):
+        inputs = kit.inputs(prompt)
+        ours, expected = compiled(**inputs), kit.model(**inputs)
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+        assert all(torch.equal(a, b) for a, b in zip(ours.keep_masks, expected.keep_masks))
