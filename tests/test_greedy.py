@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
+from transformers_rbl.models import greedy
 from transformers_rbl.models.codebook import choose, keep_mask
 from transformers_rbl.models.greedy import COVERED, DEPENDENT, cosine_matrix
 from transformers_rbl.models.scorers import score_images, score_tokens
@@ -190,3 +192,31 @@ def test_quality_drops_prototypes_first(book):
     kept = keep_mask(tokens, PruningConfig(keep_ratio=3 / 12, score="codebook_dpp"), book)
     assert not kept[:6].any() and (kept[6:9] ^ kept[9:]).all()
     assert kept_token_count(12, 3 / 12) == 3
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at every operator whose result a device must have computed before the program goes on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique_dim"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*GREEDY, "scope", "cdpruner"])
+def test_on_a_device_no_step_waits_and_the_choices_are_those_of_a_cpu(name, kind, book, monkeypatch):
+    """What a device runs, on a CPU: nothing is read back, whatever is chosen; merging and masks neither."""
+    tokens = tokens_of(kind)
+    own = {"cls_attention": torch.rand(40).softmax(0), "question": torch.randn(3, 64)}
+    images = [{"tokens": part, **own} for part in (tokens, tokens.flip(0))]
+    rule = PruningConfig(keep_ratio=0.3, score=name, merge="nearest")
+    as_cpu = choose(images, rule, book)
+    monkeypatch.setattr(greedy, "_at_once", lambda tensor: False)
+    with NoWaiting():
+        as_device = choose(images, rule, book)
+        merged = [choice.merged(image["tokens"]) for choice, image in zip(as_device, images)]
+    assert all(values.shape == tokens.shape for values in merged)
+    if kind in ("random", "bfloat16", "few dimensions"):  # of exact ties rounding takes the one or the other
+        assert all(torch.equal(one.kept, other.kept) for one, other in zip(as_cpu, as_device))
+    assert all(choice.kept.sum() == 12 for choice in as_device)

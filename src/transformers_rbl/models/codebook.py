@@ -116,9 +116,15 @@ class RedundancyCodebook(nn.Module):
 
         Returns:
             `torch.FloatTensor` of shape `(L,)`, on the tokens' device; higher is more redundant.
+
+        Raises:
+            ValueError: for tokens of another width, and for a scorer that chooses tokens without scoring them.
         """
         inputs = {"seed": 0, "frame": 0, **inputs}
-        return score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes_for(tokens), **inputs)
+        scores = score_tokens(kind, tokens=tokens, unit_prototypes=self.unit_prototypes_for(tokens), **inputs)
+        if isinstance(scores, Choice):
+            raise ValueError(f"The scorer {kind!r} chooses tokens without scoring them: use keep_mask.")
+        return scores
 
     def unit_prototypes_for(self, tokens: torch.Tensor) -> torch.Tensor:
         """The prototypes `(n, d)` of unit length, on the device of the tokens that are to be compared with them.

@@ -94,7 +94,7 @@ def greedy_dpp(tokens: torch.Tensor, quality: torch.Tensor, count: int) -> torch
     images, length = quality.shape
     unit, worth = torch.nn.functional.normalize(tokens, dim=-1), quality.square()
     left, factor = unit.square().sum(dim=-1), unit.new_zeros(images, count, length)
-    row_of = _rows_as_asked(unit) if unit.device.type == "cpu" else partial(_row, cosine_matrix(tokens))
+    row_of = _rows_as_asked(unit) if _at_once(unit) else partial(_row, cosine_matrix(tokens))
 
     def scores() -> torch.Tensor:
         return torch.where(left > DEPENDENT, -worth * left, 1 - worth)
@@ -136,8 +136,8 @@ def greedy_coverage(cosines: torch.Tensor, demand: torch.Tensor, worth: torch.Te
     rest = 1 - worth * demand / demand.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     covered = torch.zeros_like(share)
     gain = _gains(cosines, share, covered)
-    on_cpu = gain.device.type == "cpu"  # which waits for nothing, so that sizes may depend on values
-    gain = gain.double() if on_cpu else gain  # it is summed up over the choices
+    at_once = _at_once(gain)
+    gain = gain.double() if at_once else gain  # it is summed up over the choices
 
     def scores() -> torch.Tensor:
         return torch.where(gain > COVERED, -worth * gain, rest)
@@ -145,7 +145,7 @@ def greedy_coverage(cosines: torch.Tensor, demand: torch.Tensor, worth: torch.Te
     def chosen(pick: torch.Tensor, step: int) -> torch.Tensor:
         nonlocal covered, gain
         now = torch.maximum(covered, _row(cosines, pick))
-        if on_cpu:
+        if at_once:
             gain = gain - _gains_lost(cosines, share, covered, now)
         else:
             gain = _gains(cosines, share, now)
@@ -176,8 +176,13 @@ def _one_by_one(scores: torch.Tensor, chosen: Callable[[torch.Tensor, int], torc
     return at_choice
 
 
+def _at_once(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without a wait, so that only what is needed is computed: on a CPU."""
+    return tensor.device.type == "cpu"
+
+
 def _rows_as_asked(unit: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """On a CPU, which waits for nothing: rows of the cosine matrix, computed when they are asked for, with those of the
+    """Where values can be looked at: rows of the cosine matrix, computed when they are asked for, with those of the
     tokens that are likely to be chosen next.
 
     Args:

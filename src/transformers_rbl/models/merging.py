@@ -63,5 +63,5 @@ def places(kept: torch.Tensor, count: int | None = None) -> torch.Tensor:
 
 def averages(target: torch.Tensor, count: int) -> torch.Tensor:
     """`(count, L)` float32: the mean of the tokens that have each target; `target` `(L,)` holds them, from 0."""
-    belongs = torch.nn.functional.one_hot(target, count).T.float()
+    belongs = (target == torch.arange(count, device=target.device)[:, None]).float()
     return belongs / belongs.sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """Rules that others published, from their papers, in our code.
 
-Given the same attention, keys and relevance, they choose what the authors' code chooses: random tokens, 576 of them, 64,
-128 and 192 kept, five draws each, for SCOPE, CDPruner, VisionZip (and what it merges, but for its length) and VisPruner
+Given the same attention, keys and relevance, they choose what the authors' code chooses: of 576 random tokens, 64, 128
+and 192 kept, five draws each, for SCOPE, CDPruner, VisionZip (and what it merges, but for its length) and VisPruner
 (14 of 15 draws; in the other the authors' code in float32 and in float64 part as well). The others were not run so.
 
 What holds for all of them: tokens are chosen among all scored tokens of an image at once (the authors do so per tile),

@@ -33,7 +33,7 @@ def queries_and_keys(tower: nn.Module, hidden_states: Any, layer: int) -> tuple[
     Raises:
         ValueError: for a tower of another kind, and if the hidden state is not there.
     """
-    layers = next((module for module in tower.modules() if _are_layers(module)), None)
+    layers = next((module for module in tower.modules() if isinstance(module, nn.ModuleList) and _known(module)), None)
     if layers is None:
         raise ValueError(
             f"attention is read off vision towers of {' or '.join(LAYERS)}, and {type(tower).__name__} is none"
@@ -47,7 +47,7 @@ def queries_and_keys(tower: nn.Module, hidden_states: Any, layer: int) -> tuple[
             "the features were encoded without the hidden state before the selected one: pass output_hidden_states=True"
             " to get_image_features"
         )
-    read = layers[number]
+    read: Any = layers[number]
     attention = read.self_attn
     with torch.no_grad():
         normed = read.layer_norm1(state)
@@ -73,5 +73,5 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, from_cls: bool
     return torch.stack(received)
 
 
-def _are_layers(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and type(module[0]).__name__ in LAYERS
+def _known(layers: nn.ModuleList) -> bool:
+    return len(layers) > 0 and type(layers[0]).__name__ in LAYERS
