@@ -151,16 +151,16 @@ def pruning_of(rule: str, merge: str, ratio: float) -> PruningConfig:
 
 
 def runs_of(
-    scores: Sequence[str], retentions: Sequence[float], merges: Sequence[str] = MERGE_POLICIES
+    scores: Sequence[str], retentions: Sequence[float], merged_at: Sequence[float] = RETENTIONS
 ) -> Iterator[tuple[str, str, float]]:
-    """`(rule, merge, retention)` of every run, references and resizing among them."""
+    """`(rule, merge, retention)` of every run, references and resizing among them; merging at `merged_at` only."""
     yield UNPRUNED, PLAIN, 1.0
     yield NO_IMAGE, PLAIN, 0.0
     for ratio in retentions:
         yield ORACLE, PLAIN, ratio
         yield RESIZED, PLAIN, ratio
         for score in scores:
-            for merge in merges:
+            for merge in MERGE_POLICIES if ratio in merged_at else (PLAIN,):
                 yield score, merge, ratio
 
 
@@ -170,13 +170,13 @@ def answer_all(
     ledger: Ledger,
     scores: Sequence[str] = tuple(SCORERS),
     retentions: Sequence[float] = RETENTIONS,
-    merges: Sequence[str] = MERGE_POLICIES,
+    merged_at: Sequence[float] = RETENTIONS,
 ) -> dict[str, Any]:
     """`about` of a case, and the `rows` of its runs: [`Asked.run`] with `rule`, `merge` and `wanted`. What the ledger
     lacks is answered now."""
     asked, rows = Asked(case, scenes), []
     about = ledger.get((case.name, asked.digest, "about"), asked.about)
-    for rule, merge, ratio in tqdm(list(runs_of(scores, retentions, merges)), desc=case.name, unit="run"):
+    for rule, merge, ratio in tqdm(list(runs_of(scores, retentions, merged_at)), desc=case.name, unit="run"):
         key = (case.name, asked.digest, rule, merge, ratio)
         values = ledger.get(key, functools.partial(asked.run, rule, merge, ratio))
         rows.append({"rule": rule, "merge": merge, "wanted": ratio, **values})

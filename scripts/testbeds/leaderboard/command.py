@@ -16,7 +16,6 @@ import torch
 import transformers
 import typer
 
-from transformers_rbl.models.merging import MERGE_POLICIES
 from transformers_rbl.models.scorers import SCORERS
 
 from ..registry import Split
@@ -42,30 +41,28 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Scenes of each checkpoint, of four questions each.")] = 200,
     split: Split = "test",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 2026,
-    rounds: Annotated[int, typer.Option("--times", min=1, help="Rounds of timing.")] = 9,
+    rounds: Annotated[int, typer.Option("--times", min=0, help="Rounds of timing; 0: none.")] = 9,
     only: Annotated[list[str] | None, typer.Option(help="Rules to run, by name; default all. Repeat.")] = None,
     checkpoint: Annotated[list[str] | None, typer.Option(help="Folders of codebooks/; default all. Repeat.")] = None,
     retention: Annotated[list[float] | None, typer.Option(help="Shares to keep; default seven. Repeat.")] = None,
-    merge: Annotated[list[str] | None, typer.Option(help="none, nearest; default both. Repeat.")] = None,
+    merged_at: Annotated[list[float] | None, typer.Option(help="Where rules merge, too; default all. Repeat.")] = None,
 ) -> None:
     """Every rule on every committed testbed checkpoint. Started again, it goes on with what is missing."""
     torch.set_num_threads(1)
     if unknown := sorted(set(only or ()) - set(SCORERS)):
         raise typer.BadParameter(f"--only is one of {', '.join(SCORERS)}, not {', '.join(unknown)}.")
-    if unknown := sorted(set(merge or ()) - set(MERGE_POLICIES)):
-        raise typer.BadParameter(f"--merge is one of {', '.join(MERGE_POLICIES)}, not {', '.join(unknown)}.")
     scores, ratios = tuple(only or SCORERS), sorted(retention or RETENTIONS, reverse=True)
     cases = [case for case in committed_cases() if checkpoint is None or case.checkpoint.name in checkpoint]
     if not cases:
         raise typer.BadParameter("No such checkpoint is committed in codebooks/.")
     ledger, scenes = Ledger(work), Scenes(count, split, seed)
-    answered = [answer_all(case, scenes, ledger, scores, ratios, tuple(merge or MERGE_POLICIES)) for case in cases]
+    answered = [answer_all(case, scenes, ledger, scores, ratios, merged_at or ratios) for case in cases]
     needs = needs_of_rules(scores, cases, ledger)
-    times = selection_times(scores, rounds, ledger)
+    times = selection_times(scores, rounds, ledger) if rounds else {}
     options = "".join(f" --only {name}" for name in only or ())
     options += "".join(f" --checkpoint {name}" for name in checkpoint or ())
     options += "".join(f" --retention {ratio}" for ratio in retention or ())
-    options += "".join(f" --merge {name}" for name in merge or ())
+    options += "".join(f" --merged-at {ratio}" for ratio in merged_at or ())
     asked = {"--count": (count, 200), "--split": (split, "test"), "--seed": (seed, 2026), "--times": (rounds, 9)}
     options += "".join(f" {name} {value}" for name, (value, default) in asked.items() if value != default)
     about = {
@@ -81,7 +78,7 @@ def main(
     standings = [Standing(each["about"], each["rows"]) for each in answered]
     few, lost = min(ratios, key=lambda ratio: abs(ratio - FEW[0])), []
     for case, standing in zip(cases, standings):
-        with_book = [name for name in standing.rules if uses_codebook(name, needs)]
+        with_book = [name for name in standing.at(few) if uses_codebook(name, needs)]
         if with_book:
             best = standing.best(few, with_book).split(",")[0]
             lost.append(worst_scene(case, best, few, Scenes(min(count, WORST_OF), split, seed)))

@@ -52,7 +52,7 @@ def page(content: dict[str, Any]) -> str:
         "## What was kept instead",
         *kept_instead(standings, needs, content["pictured"]),
         "## Time of selection",
-        *selection(times, needs),
+        *(selection(times, needs) if times else ["Not measured in this run (`--times 0`)."]),
         "## What a rule needs, and where it runs",
         *requirements(needs),
         "## Accuracy kept, checkpoint by checkpoint",
@@ -86,10 +86,15 @@ def over_all(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]
     rows = []
     for name, place in places.items():
         where = [each for each in standings if name in each.rules]
-        shares = [statistics.mean(each.share(name, ratio) for each in where) for ratio in ratios]
+        shares = {
+            ratio: 100 * statistics.mean(each.share(name, ratio) for each in where)
+            for ratio in ratios
+            if name in where[0].at(ratio)
+        }
         label = f"**{name}**" if uses_codebook(name, needs) else name
         label += "" if name in ran else f" ({len(where)} of {len(standings)} checkpoints)"
-        rows.append([label, f"{place:.1f}", f"{low[name]:.1f}", *(f"{100 * share:.1f}" for share in shares)])
+        cells = [f"{shares[ratio]:.1f}" if ratio in shares else "" for ratio in ratios]
+        rows.append([label, f"{place:.1f}", f"{low[name]:.1f}" if name in low else "", *cells])
     oracle = [statistics.mean(each.share(ORACLE, ratio) for each in standings) for ratio in ratios]
     rows.append(["*oracle*", "", "", *(f"{100 * share:.1f}" for share in oracle)])
     winners = [[f"{ratio:.0%}", *(each.best(ratio) for each in standings)] for ratio in ratios]
@@ -106,7 +111,8 @@ def over_all(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]
 
 def merging(standings: Sequence[Standing]) -> list[str]:
     """What merging adds to each rule, over all scenes of all checkpoints."""
-    ratios = standings[0].retentions
+    merged_at = {wanted for each in standings for (_, wanted), run in each.runs.items() if run.merge != "none"}
+    ratios = sorted(merged_at, reverse=True)
     pairs = [
         (run.rule, name)
         for name, run in {name: run for each in standings for (name, _), run in each.runs.items()}.items()
@@ -147,8 +153,8 @@ def distance(standings: Sequence[Standing], needs: dict[str, dict]) -> list[str]
     rows, missed = [], []
     for standing in standings:
         for ratio in (ratio for ratio in FEW if ratio in standing.retentions):
-            names = [name for name in standing.rules if uses_codebook(name, needs)]
-            others = [name for name in standing.rules if name not in names]
+            names = [name for name in standing.at(ratio) if uses_codebook(name, needs)]
+            others = [name for name in standing.at(ratio) if name not in names]
             if not names:
                 continue
             best, rival = standing.best(ratio, names), standing.best(ratio, others)
@@ -173,8 +179,8 @@ def kept_instead(standings: Sequence[Standing], needs: dict[str, dict], pictured
     rows = []
     for standing in standings:
         for ratio in (ratio for ratio in FEW if ratio in standing.retentions):
-            with_book = [name for name in standing.rules if uses_codebook(name, needs)]
-            without = [name for name in standing.rules if name not in with_book and name != RESIZED]
+            with_book = [name for name in standing.at(ratio) if uses_codebook(name, needs)]
+            without = [name for name in standing.at(ratio) if name not in with_book and name != RESIZED]
             best = [standing.best(ratio, names) for names in (with_book, without) if names]
             for name in [ORACLE, *best]:
                 run = standing.runs[(name, ratio)]
@@ -255,13 +261,16 @@ def each_checkpoint(standings: Sequence[Standing]) -> list[str]:
     for standing in standings:
         ratios, about = standing.retentions, standing.about
         low, high = bootstrap_interval(standing.unpruned.accuracy)
-        order = sorted(standing.rules, key=lambda name: -statistics.mean(standing.share(name, r) for r in ratios))
+        places = mean_places([standing], ratios)
         columns = ["rule", *(f"{ratio:.0%}" for ratio in ratios)]
         best = {ratio: standing.best(ratio) for ratio in ratios}
         shares, gaps = [], []
-        for name in [ORACLE, *order]:
+        for name in [ORACLE, *places]:
             cells, differences = [], []
             for ratio in ratios:
+                if (name, ratio) not in standing.runs:
+                    cells, differences = [*cells, ""], [*differences, ""]
+                    continue
                 below, above = (100 * end for end in standing.interval(name, ratio))
                 gap = standing.gap(name, best[ratio], ratio)
                 tied = name != ORACLE and gap[1] <= 0 <= gap[2]

@@ -77,6 +77,10 @@ class Standing:
         """Names of what competes: rules with and without merging, and resizing."""
         return list(dict.fromkeys(name for (name, _), run in self.runs.items() if run.rule not in REFERENCES))
 
+    def at(self, wanted: float) -> list[str]:
+        """Those of the rules that ran at a retention: merging may be asked about at some of them only."""
+        return [name for name in self.rules if (name, wanted) in self.runs]
+
     def share(self, name: str, wanted: float) -> float:
         """Accuracy as a share of the unpruned model's."""
         return float(self.runs[(name, wanted)].accuracy.mean() / self.unpruned.accuracy.mean())
@@ -86,7 +90,9 @@ class Standing:
         return paired_ratio_interval(self.runs[(name, wanted)].accuracy, self.unpruned.accuracy)
 
     def best(self, wanted: float, names: Sequence[str] | None = None) -> str:
-        return max(names or self.rules, key=lambda name: self.share(name, wanted))
+        """The most accurate of the rules that ran there, or of those of `names`."""
+        ran = [name for name in self.at(wanted) if names is None or name in names]
+        return max(ran, key=lambda name: self.share(name, wanted))
 
     def gap(self, name: str, other: str, wanted: float) -> tuple[float, float, float]:
         """Accuracy of one minus another, in points of accuracy, with its paired interval over examples."""
@@ -105,9 +111,10 @@ def mean_places(standings: Sequence[Standing], retentions: Sequence[float]) -> d
     not shift the others' places; such a rule's own mean is over the checkpoints that ran it."""
     rivals, places = everywhere(standings), {}
     for standing in standings:
-        for name in standing.rules:
-            for wanted in retentions:
+        for wanted in retentions:
+            for name in standing.at(wanted):
                 own = standing.runs[(name, wanted)].accuracy.mean()
-                others = np.array([standing.runs[(o, wanted)].accuracy.mean() for o in rivals if o != name])
+                rest = [other for other in standing.at(wanted) if other in rivals and other != name]
+                others = np.array([standing.runs[(other, wanted)].accuracy.mean() for other in rest])
                 places.setdefault(name, []).append(1 + (others > own).sum() + (others == own).sum() / 2)
     return dict(sorted(((name, float(np.mean(found))) for name, found in places.items()), key=lambda item: item[1]))
