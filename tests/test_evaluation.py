@@ -112,6 +112,14 @@ def test_one_pass_gives_what_each_rule_gives_by_itself(family, pruned, questions
     assert first.retention == last.retention == 1 and first.answers == last.answers
     assert results[1].cache_mib < first.cache_mib and 0 < results[1].retention < 1
     assert results[2].tokens < results[1].tokens or not family.has_tiles
+    # One word, one meaning: a ratio's retention is the ratio, and what calibrate promises for a threshold.
+    assert abs(results[1].retention - 0.3) < 0.02
+    scores = [
+        image_scores(pruned, family.processor, question.images) for question in questions if len(question.images) == 1
+    ]
+    by_threshold = [evaluate(pruned, family.processor, [q], [RULES[2]], ["exact"], 1)[0][1] for q in questions]
+    shares = [result.retention for result, q in zip(by_threshold, questions) if len(q.images) == 1]
+    assert shares == pytest.approx([mean_retention(values, 0.2) for values in scores])
 
 
 @pytest.mark.parametrize("rule", [*RULES, PruningConfig(keep_ratio=0.3, score="cls_similarity_low")], ids=str)

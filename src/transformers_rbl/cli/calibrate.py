@@ -30,7 +30,7 @@ def calibrate(
     model: AnyModel,
     codebook: Codebook = None,
     images: Annotated[str | None, typer.Option(help="Unlabelled images: finds a threshold for --retention.")] = None,
-    retention: Annotated[float, typer.Option(help="Mean share of visual tokens to keep.")] = 0.15,
+    retention: Annotated[float, typer.Option(help="Mean share of visual tokens to keep, row ends aside.")] = 0.15,
     data: Annotated[
         str | None, typer.Option(help="Labelled questions: finds the lowest ratio that keeps --share.")
     ] = None,
@@ -76,8 +76,9 @@ def calibrate(
         rule = PruningConfig(threshold=fit.threshold)
         fitted, checked = fit.images
         console.print(
-            f"threshold [bold]{fit.threshold:.4f}[/bold] keeps {fit.fitted:.1%} of the tokens of {fitted} images "
-            f"it was fitted on, and {fit.checked:.1%} of {checked} others: overshoot {fit.overshoot:+.1%}"
+            f"threshold [bold]{fit.threshold:.4f}[/bold] keeps {fit.fitted:.1%} of the visual tokens (row ends "
+            f"aside) of {fitted} images it was fitted on, and {fit.checked:.1%} of {checked} others: overshoot "
+            f"{fit.overshoot:+.1%}"
         )
     else:
         assert data is not None  # one of both is given
@@ -91,8 +92,9 @@ def calibrate(
         best, low, high = lowest
         rule = PruningConfig.from_dict(best.pruning)
         console.print(
-            f"[bold]{best.name}[/bold] keeps {best.retention:.1%} of the tokens and {share:.0%} or more of the "
-            f"unpruned accuracy (95% interval {low:.1%} to {high:.1%}, {len(references)} questions).\n"
+            f"[bold]{best.name}[/bold] keeps {best.retention:.1%} of the visual tokens (row ends aside) and "
+            f"{share:.0%} or more of the unpruned accuracy (95% interval {low:.1%} to {high:.1%}, {len(references)} "
+            "questions).\n"
             "It was chosen on these questions: confirm it on others."
         )
     if write and codebook is not None:

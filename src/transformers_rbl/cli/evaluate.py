@@ -71,6 +71,7 @@ def evaluate(
     from ..evaluation.evaluate import evaluate as ask_under_rules
     from ..evaluation.evaluate import prompt_inputs, refusal, table_rows, write_results
     from ..evaluation.questions import question_count, read_questions
+    from ..evaluation.results import WORDS
     from ..models.pruning import PruningConfig
     from ..models.scorers import SCORERS
 
@@ -129,6 +130,7 @@ def evaluate(
     columns, rows = table_rows(results, references)
     table = narrow_table(f"{model} on {data}, {len(references)} questions; [95% interval]", columns, rows)
     Console().print(table)
+    Console().print(WORDS)
     for name, sentence in refused.items():
         Console().print(escape(f"{name} was not run: {sentence}"))
     Console().print(f"[bold]{out / 'results.md'}[/bold], results.json, accuracy.png")

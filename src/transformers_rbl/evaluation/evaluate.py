@@ -61,7 +61,7 @@ def evaluate(
     kept: list[list[int]] = [[] for _ in results]
     prefill_ms: list[list[float]] = [[] for _ in results]
     cache_mib: list[list[float]] = [[] for _ in results]
-    totals: list[int] = []
+    retained: list[list[float]] = [[] for _ in results]
     references: list[list[str]] = []
     for number, question in enumerate(questions):
         if not question.answers:
@@ -72,11 +72,14 @@ def evaluate(
         encoded = model.get_image_features(**images, **tower, pruning=OFF, return_dict=True)
         texts = model.prompt_texts("image", Call.read(dict(inputs)))
         references.append(question.answers)
-        totals.append(sum(runs))
+        layouts = model.model.layouts(**images)
+        patches = None if layouts is None else torch.cat([layout.scored(OFF) for layout in layouts])
         for place, rule in enumerate(every_rule):
             features = model.model.prune_image_features(encoded, rule, [runs], texts, **images)
             masks = features.get(MASKS["image"])
-            kept[place].append(totals[-1] if masks is None else sum(int(mask.sum()) for mask in masks))
+            stay = torch.ones(sum(runs), dtype=torch.bool) if masks is None else torch.cat(list(masks)).cpu()
+            kept[place].append(int(stay.sum()))
+            retained[place].append(float((stay if patches is None else stay[patches.cpu()]).float().mean()))
             prompt = inputs_with_features(model, inputs, features)
             if number < TIMED_QUESTIONS:
                 seconds, size, _ = timed_prefill(model, **prompt)
@@ -89,7 +92,7 @@ def evaluate(
         raise ValueError("There are no questions to ask.")
     for place, result in enumerate(results):
         result.tokens = float(np.mean(kept[place]))
-        result.retention = float(np.mean(np.array(kept[place]) / np.array(totals)))
+        result.retention = float(np.mean(retained[place]))
         result.prefill_ms = statistics.median(prefill_ms[place])
         result.cache_mib = statistics.median(cache_mib[place])
         pairs = list(zip(result.answers, references))

@@ -207,6 +207,8 @@ def plot_accuracy(results: Sequence[RuleResult], path: str | os.PathLike[str], m
         share, mean = [rule.retention for rule in rules], [np.mean(rule.correct[metric]) for rule in rules]
         spread = np.array([bootstrap_interval(np.array(rule.correct[metric])) for rule in rules]).T
         axis.errorbar(share, mean, yerr=np.abs(spread - mean), marker="o", capsize=3, label=label)
-    axis.set(xlabel="retention (share of visual tokens kept)", ylabel=f"accuracy ({metric})", ylim=(0, 1.02))
+    axis.set(
+        xlabel="retention (share of visual tokens kept, row ends aside)", ylabel=f"accuracy ({metric})", ylim=(0, 1.02)
+    )
     axis.legend()
     figure.savefig(path, dpi=110)

@@ -11,6 +11,9 @@ import numpy as np
 from .metrics import bootstrap_interval, f1, paired_ratio_interval
 
 
+WORDS = "Retention is the share of visual tokens that stay, row ends aside; the counts have them in."
+
+
 @dataclass
 class RuleResult:
     """What one rule came to.
@@ -18,8 +21,9 @@ class RuleResult:
     Args:
         name (`str`): the rule in words.
         pruning (`dict`): its settings.
-        retention (`float`): mean share of visual tokens kept.
-        tokens (`float`): mean visual tokens kept a question.
+        retention (`float`): mean share of visual tokens kept, row ends aside: what `keep_ratio` and `rbl calibrate`
+            speak of.
+        tokens (`float`): mean visual tokens kept a question, row ends counted.
         correct (`dict[str, list[float]]`): per metric, 0 or 1 for each question.
         answers (`list[str]`): what the model said.
         prefill_ms, cache_mib (`float`, *optional*): medians over the first questions.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import plot_accuracy
-from .results import RuleResult, table_rows
+from .results import WORDS, RuleResult, table_rows
 
 
 def write_results(
@@ -30,7 +30,9 @@ def write_results(
     lines = [f"# {about.get('model', '')}", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    (folder / "results.md").write_text("\n".join([*lines, "", "![Accuracy against retention](accuracy.png)", ""]))
+    (folder / "results.md").write_text(
+        "\n".join([*lines, "", WORDS, "", "![Accuracy against retention](accuracy.png)", ""])
+    )
     content = {"about": about, "results": [vars(result) for result in results]}
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_accuracy(results, folder / "accuracy.png")

@@ -180,7 +180,6 @@ class RBL(lmms):
             {
                 "visual_tokens": whole / max(images, 1),
                 "visual_tokens_kept": kept / max(images, 1),
-                "retention": kept / max(whole, 1),
                 "total_requests": count,
             },
         )
