@@ -87,7 +87,8 @@ class GridModel(RBLModel):
         return {**others, pixels: flat_part(visual[pixels], grids.prod(-1), part)}
 
     def belongs(self, name: str, modality: str) -> bool:
-        return super().belongs(name, modality) or (modality == "video" and name in ("second_per_grid_ts", "timestamps"))
+        of_video = "video" in name or name in ("second_per_grid_ts", "timestamps")
+        return of_video == (modality == "video")
 
     def chosen_outside(self, kwargs: Mapping[str, Any]) -> Any:
         return super(RBLModel, self).embed_multimodal(**kwargs)
