@@ -27,8 +27,8 @@ class SceneExample(Example):
     scene: Scene
 
     def subjects(self) -> list[np.ndarray]:
-        """How soon an oracle keeps each patch, 1 to 0: of each thing the patch that shows most of it, then the next of
-        each; two patches of the background among the first."""
+        """How soon an oracle keeps each patch, 1 to 0: of each thing the patch that shows most of it, one of the
+        background, then the next of each. What is asked about is all but clutter."""
         label, cover = self.scene.label, self.scene.cover
         order = np.zeros(label.shape, np.float32)
         for name, _, _ in self.scene.things:
@@ -36,7 +36,7 @@ class SceneExample(Example):
             for rank, place in enumerate(np.argsort(-own, axis=None)[: int((own > 0).sum())]):
                 order.flat[place] = 1 / (1 + rank)
         behind = np.flatnonzero((label == LABELS.index(self.scene.background)) & (cover == 0))
-        for rank, place in enumerate(behind[[len(behind) // 3, 2 * len(behind) // 3]] if len(behind) else ()):
+        for rank, place in enumerate(behind[np.random.default_rng(0).permutation(len(behind))]):
             order.flat[place] = 1 / (1.5 + rank)
         return [order]
 

@@ -76,8 +76,7 @@ def keep_none(encoded: Encoded) -> Pruned:
 
 
 def oracle(ratio: float) -> Rule:
-    """Who knows where the things are: the patch that shows most of each, then the next of each, with two patches of
-    the background among the first."""
+    """Who knows what is where: the patch that shows most of each thing, one of the background, the next of each."""
 
     def choose(encoded: Encoded) -> Pruned:
         shares = torch.stack([torch.from_numpy(example.subjects()[0]).flatten() for example in encoded.examples])
