@@ -141,7 +141,7 @@ def ask(
         answer = demo.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         sides[name] = Side(answer.strip(), tokens, seconds[name], cache[name])
     images = image_arguments(model, inputs)
-    encoded = model.get_image_features(**images, pruning=OFF, return_dict=True)[TOKENS]
+    encoded = model.base_model.get_image_features(**images, pruning=OFF, return_dict=True)[TOKENS]
     entries = model.family.split(model.config, list(encoded))
     runs = image_runs(model, inputs["input_ids"])
     layout = layout_of(model.model.layouts(**images), [len(tokens) for tokens in entries], runs)

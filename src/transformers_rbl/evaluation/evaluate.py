@@ -69,7 +69,7 @@ def evaluate(
         inputs = prompt_inputs(processor, question, suffix, model.device, model.dtype)
         images, runs = image_arguments(model, inputs), image_runs(model, inputs["input_ids"])
         tower = {name: value for rule in rules for name, value in model.family.tower_arguments(rule).items()}
-        encoded = model.get_image_features(**images, **tower, pruning=OFF, return_dict=True)
+        encoded = model.base_model.get_image_features(**images, **tower, pruning=OFF, return_dict=True)
         texts = model.prompt_texts("image", Call.read(dict(inputs)))
         references.append(question.answers)
         layouts = model.model.layouts(**images)

@@ -59,7 +59,7 @@ def codebook_of_picture(model: Any, processor: Any, image: Image.Image) -> Redun
     """
     text = prompt_text(processor, QUESTION, 1)
     inputs = processor(images=[[image]], text=[text], return_tensors="pt").to(model.device, model.dtype)
-    encoded = model.get_image_features(**image_arguments(model, inputs), return_dict=True)
+    encoded = model.base_model.get_image_features(**image_arguments(model, inputs), return_dict=True)
     tokens = torch.cat(model.family.split(model.config, list(encoded[TOKENS]))).float()
     tokens = tokens[(tokens != 0).any(-1)]
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:RANDOM_PROTOTYPES]

@@ -99,7 +99,7 @@ class Subject:
     @cached_property
     def encoded(self) -> Any:
         """The picture as the stock class encodes it."""
-        return self.stock.get_image_features(**image_arguments(self.stock, self.prompt), return_dict=True)
+        return self.stock.base_model.get_image_features(**image_arguments(self.stock, self.prompt), return_dict=True)
 
     @cached_property
     def features(self) -> list[torch.Tensor]:
