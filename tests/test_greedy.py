@@ -11,7 +11,7 @@ from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 from transformers_rbl.models import greedy
 from transformers_rbl.models.codebook import choose, keep_mask
 from transformers_rbl.models.greedy import COVERED, DEPENDENT, cosine_matrix
-from transformers_rbl.models.scorers import score_images, score_tokens
+from transformers_rbl.models.scorers import MERGING, score_images, score_tokens
 
 
 GREEDY = ["diversity", "codebook_dpp", "codebook_coverage"]
@@ -204,13 +204,14 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*GREEDY, "scope", "cdpruner"])
+@pytest.mark.parametrize("name", [*GREEDY, "scope", "cdpruner", "visionzip", "vispruner", "prumerge", "tome"])
 def test_on_a_device_no_step_waits_and_the_choices_are_those_of_a_cpu(name, kind, book, monkeypatch):
     """What a device runs, on a CPU: nothing is read back, whatever is chosen; merging and masks neither."""
     tokens = tokens_of(kind)
     own = {"cls_attention": torch.rand(40).softmax(0), "question": torch.randn(3, 64)}
+    own["tower_keys"] = torch.randn(40, 2, 6)
     images = [{"tokens": part, **own} for part in (tokens, tokens.flip(0))]
-    rule = PruningConfig(keep_ratio=0.3, score=name, merge="nearest")
+    rule = PruningConfig(keep_ratio=0.3, score=name, merge="none" if name in MERGING else "nearest")
     as_cpu = choose(images, rule, book)
     monkeypatch.setattr(greedy, "_at_once", lambda tensor: False)
     with NoWaiting():
