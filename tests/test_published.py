@@ -332,3 +332,8 @@ def test_families_without_towers_of_this_kind_say_so(tmp_path):
         model(**inputs, pruning=PruningConfig(keep_ratio=0.3, score="prumerge"))
     assert model(**inputs, pruning=PruningConfig(keep_ratio=0.3, score="cdpruner")).keep_masks
     assert model(**inputs, pruning=PruningConfig(keep_ratio=0.3, score="tome")).keep_masks
+
+
+def test_prumerge_takes_in_32_of_many():
+    weights = score_tokens("prumerge", **given("random", length=60), count=5).weights
+    assert (weights > 0).sum(1).tolist() == [33] * 5
