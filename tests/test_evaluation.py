@@ -317,6 +317,16 @@ def test_the_calibrate_command(family, files, tmp_path):
     assert f"{threshold:.4f}" in output.output and "written into" in output.output
     model = family.rbl_class.from_pretrained(family.folder, codebook=book).eval()
     assert model.pruning == PruningConfig(threshold=threshold)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        (photos / name).write_bytes(b"no image")
+    output = run(*arguments, "--images", photos)
+    assert output.exit_code == 2 and "None of 2 images could be read (the first, a.png: " in output.stderr
+    for number in range(2):
+        shutil.copyfile(files / f"{number}.png", photos / f"{number}.png")
+    output = run(*arguments, "--images", photos)
+    assert output.exit_code == 0 and "2 images could not be read and were left out" in output.output
     output = run(*arguments, "--data", files / "data.jsonl", "--keep-ratio", 0.5, "--max-new-tokens", 2)
     assert output.exit_code == 2 and "answers nothing right" in output.stderr
 

@@ -71,6 +71,7 @@ def build(
     from ..building.build import Processes, build_codebook, probe_images
     from ..building.images import ImageSource
     from ..building.records import RUN_NAME, Records, check_probed_as
+    from ..hub.cards import card_is_ours
     from ..models.names import looks_local
 
     if (from_records is None) == (model is None):
@@ -106,6 +107,8 @@ def build(
             base_model = name
         book, selection = build_codebook(records, chosen, out, base_model, keep_ratio, threshold, probed)
         Console().print(summary(out, book, selection, probed))
+        if not card_is_ours(out):
+            Console().print(f"{out / 'README.md'} was there, and stays as it was.")
     finally:
         processes.end()
 

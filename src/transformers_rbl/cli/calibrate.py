@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +23,12 @@ from .shared import (
     load_pruned,
     one_sentence,
 )
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..building.images import ImageSource
 
 
 @app.command()
@@ -70,8 +77,13 @@ def calibrate(
     console = Console()
     if images is not None:
         source = ImageSource(images, image_column, split, limit=limit)
-        opened = (image for _, _, image in source.items(list(range(len(source)))) if not isinstance(image, Exception))
-        scores = image_scores(loaded, processor, tqdm(opened, total=len(source), unit="image"))
+        broken: list[str] = []
+        opened = tqdm(readable(source, broken), total=len(source), unit="image")
+        scores = image_scores(loaded, processor, opened)
+        if broken and not scores:
+            raise ValueError(f"None of {len(broken)} images could be read (the first, {broken[0]}).")
+        if broken:
+            console.print(f"{len(broken)} images could not be read and were left out (the first, {broken[0]}).")
         fit = threshold_for(scores, retention)
         rule = PruningConfig(threshold=fit.threshold)
         fitted, checked = fit.images
@@ -102,3 +114,12 @@ def calibrate(
         book.recommended_keep_ratio, book.recommended_threshold = rule.keep_ratio, rule.threshold
         save_with_card(book, Path(codebook))
         console.print(f"written into {codebook}")
+
+
+def readable(source: ImageSource, broken: list[str]) -> Iterator[Image]:
+    """The images that can be read; of the others, name and reason go to `broken`."""
+    for _, name, image in source.items(range(len(source))):
+        if isinstance(image, Exception):
+            broken.append(f"{name}: {type(image).__name__}: {image}".splitlines()[0])
+        else:
+            yield image

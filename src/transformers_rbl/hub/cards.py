@@ -105,14 +105,14 @@ def save_with_card(codebook: RedundancyCodebook, folder: Path) -> bool:
     Raises:
         OSError: if a file cannot be written.
     """
-    is_ours = _card_is_ours(folder)
+    is_ours = card_is_ours(folder)
     codebook.save_pretrained(folder)
     if is_ours:
         (folder / "README.md").write_text(codebook_card(codebook).content, encoding="utf-8")
     return is_ours
 
 
-def _card_is_ours(folder: Path) -> bool:
+def card_is_ours(folder: Path) -> bool:
     """Whether a folder has no README.md, or exactly the card of the codebook in it."""
     readme = folder / "README.md"
     if not readme.exists():
