@@ -201,14 +201,18 @@ def transcription(tokens, prototypes, tiles: int):
     return torch.bmm(tokens, book.transpose(1, 2)).max(dim=-1).values.flatten()
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]  # `main` chooses
+
+
 def timed(task, device) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     task()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleave(tasks: dict, rounds: int, device: str, label: str) -> dict[str, list[float]]:
@@ -307,7 +311,7 @@ def parts(model, call, rounds: int, device: str) -> dict[str, float]:
     def mark(name: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        marks[name] = time.perf_counter()
+        marks[name] = clock()
 
     headless, compact = model.model, RBLMixin._compact
 
@@ -487,6 +491,10 @@ def main(
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; medians are over these.")] = 15,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; default 1.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
+    clock_name: Annotated[
+        str, typer.Option("--clock", help="wall, or cpu: this process's seconds, for a machine that others use too.")
+    ] = "wall",
+    decoded_too: Annotated[bool, typer.Option("--decoding/--no-decoding", help="Time decoding too.")] = True,
     scored: Annotated[bool, typer.Option("--scoring/--no-scoring", help="Time the scores alone too.")] = True,
     count_flops: Annotated[bool, typer.Option("--flops", help="Count FLOPs of all presets instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")] = None,
@@ -499,6 +507,9 @@ def main(
         raise typer.BadParameter(
             f"--family with preset {preset} knows {', '.join(families)}, not {', '.join(unknown)}."
         )
+    if clock_name not in CLOCKS:
+        raise typer.BadParameter(f"--clock is {' or '.join(CLOCKS)}.")
+    globals()["clock"] = CLOCKS[clock_name]
     if threads:
         torch.set_num_threads(threads)
     console = Console(width=160)
@@ -515,8 +526,9 @@ def main(
         for size in batch or [1]:
             inputs = build_inputs(model, preset, device, size)
             rows += [prefill(model, inputs, one, rounds, device) for one in keep_ratio or RATIOS]
-            speeds = decoding(model, inputs, 0.11, max(3, rounds // 5), device)
-            decoded.append({"family": name, "batch": size, "keep_ratio": 0.11, "tokens_per_second": speeds})
+            if decoded_too:
+                speeds = decoding(model, inputs, 0.11, max(3, rounds // 5), device)
+                decoded.append({"family": name, "batch": size, "keep_ratio": 0.11, "tokens_per_second": speeds})
         if hasattr(model.config, "image_grid_pinpoints") and preset not in FRAMES:
             blanks.append(blank_tiles(model, preset, 0.11, rounds, device))
         del model
@@ -563,7 +575,7 @@ def main(
         for name in ("score_over_product", "transcription_over_score", "flattened_transcription_over_score"):
             console.print(f"  {name.replace('_', ' ')}: {show(scores[name])}")
         console.print("  " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in scores["median_ms"].items()))
-    about = {"machine": machine, "preset": preset}
+    about = {"machine": machine, "preset": preset, "clock": clock_name, "rounds": rounds}
     write(out, about | {"prefill": rows, "decoding": decoded, "blank_tiles": blanks, "scoring": scores})
 
 

@@ -23,7 +23,10 @@ def literal(tokens, kept):
     groups = {i: [i] for i in stay}
     for i in range(len(tokens)):
         if i not in groups:
-            cosines = [float(torch.cosine_similarity(tokens[i].double(), tokens[j].double(), dim=0)) for j in stay]
+            cosines = [
+                float(torch.cosine_similarity(tokens[i].detach().double(), tokens[j].detach().double(), dim=0))
+                for j in stay
+            ]
             groups[stay[int(np.argmax(cosines))]].append(i)
     return torch.stack([tokens[groups[i]].mean(0) for i in stay]), [len(groups[i]) for i in stay]
 

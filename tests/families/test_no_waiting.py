@@ -116,3 +116,18 @@ def test_a_compiled_model_answers_the_same(kits, name: str):
         ours, expected = compiled(**inputs), kit.model(**inputs)
         torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
         assert all(torch.equal(a, b) for a, b in zip(ours.keep_masks, expected.keep_masks))
+
+
+@torch.no_grad()
+def test_a_mask_beside_positions_of_the_user_stays(kits):
+    """Stock reads positions that start again as packed sequences, but not where there is a mask."""
+    kit = kits("llava")
+    inputs = kit.inputs(kit.one)
+    length = inputs["input_ids"].shape[1]
+    inputs["position_ids"] = torch.cat([torch.arange(length - 3), torch.arange(3)])[None]
+    rule = PruningConfig(keep_ratio=1.0)
+    whole = kit.model(**inputs, use_cache=False, pruning=rule).logits
+    torch.testing.assert_close(whole, kit.stock(**inputs, use_cache=False).logits, atol=2e-4, rtol=0)
+    half = kit.model(**inputs, use_cache=False, pruning=PruningConfig(keep_ratio=0.5)).logits
+    seen = kit.model(**inputs, use_cache=True, pruning=PruningConfig(keep_ratio=0.5)).logits  # never packed
+    torch.testing.assert_close(half, seen, atol=2e-4, rtol=0)

@@ -111,8 +111,11 @@ class RBLMixin(LoadingMixin):
             call.position_ids = stock_positions(self, call, past, seen=0)
         prepared = self.prepare(call, past, pruning)
         call = prepared.call
-        if prepared.plan is not None and prepared.plan.is_full and past.cache is None:
-            call.attention_mask = None  # it says nothing, and stock would wait for the device to learn that
+        counts_itself = call.position_ids is None or call.position_ids.ndim == 3
+        if prepared.plan is not None and prepared.plan.is_full and past.cache is None and counts_itself:
+            # It says nothing, and stock would wait for the device to learn that. Beside a user's positions it says that
+            # sequences are not packed.
+            call.attention_mask = None
         with forgotten(past):
             outputs = self._run(call, return_dict=True)
         prepared.remember(cache_of(outputs), original_ids if past.length == 0 else None)
