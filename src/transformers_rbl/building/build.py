@@ -128,9 +128,9 @@ def probe_images(
                     records.write(index, prober.probe(name, shown, _decoder(tokenizer)))
                     result.new += 1
             bar.update()
-    shares = processes.gather([(result.new, result.known, result.held_out, skipped)])
-    result.new, result.known, result.held_out = (sum(share[place] for share in shares) for place in range(3))
-    result.skipped = [(name, why) for _, name, why in sorted(item for *_, items in shares for item in items)]
+    shares = processes.gather([((result.new, result.known, result.held_out), skipped)])
+    result.new, result.known, result.held_out = map(sum, zip(*(counts for counts, _ in shares)))
+    result.skipped = [(name, why) for _, name, why in sorted(item for _, items in shares for item in items)]
     processes.wait()
     return result
 

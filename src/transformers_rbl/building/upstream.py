@@ -40,7 +40,7 @@ def convert_upstream(
     """
     for name, setting in (("keep_ratio", recommended_keep_ratio), ("threshold", recommended_threshold)):
         if setting is not None:
-            PruningConfig(**{name: setting})  # out of range, it is not the file's fault
+            PruningConfig.from_dict({name: setting})  # out of range, it is not the file's fault
     file = Path(path)
     content = file.read_bytes()
     if content.lstrip()[:1] in (b"[", b"{"):

@@ -24,7 +24,11 @@ def publish(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Upload a codebook, checkpoint or recipe to the Hub as it is. The token is that of `hf auth login` or HF_TOKEN."""
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of whichever httpx it uses: connections fail with it
+        OfflineModeIsEnabled,
+    )
     from huggingface_hub.utils import validate_repo_id
 
     from ..hub.publish import files_to_publish

@@ -80,7 +80,7 @@ def check_setting(keep_ratio: float | None, threshold: float | None) -> None:
     for option, setting in (("keep-ratio", keep_ratio), ("threshold", threshold)):
         if setting is not None:
             try:
-                PruningConfig(**{option.replace("-", "_"): setting})
+                PruningConfig.from_dict({option.replace("-", "_"): setting})
             except ValueError as error:
                 raise ValueError(f"--{option}: {error}") from None
 

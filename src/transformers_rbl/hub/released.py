@@ -62,8 +62,8 @@ class Released:
 
 
 def _released(base_model: str, stem: str, blobs: tuple[str, str], shape: tuple[int, int]) -> Released:
-    files = [ReleasedFile(f"codebooks/{stem}.{ending}", blob) for ending, blob in zip(("pt", "json"), blobs)]
-    return Released(base_model, *files, shape)
+    prototypes, image_ids = (ReleasedFile(f"codebooks/{stem}.{end}", blob) for end, blob in zip(("pt", "json"), blobs))
+    return Released(base_model, prototypes, image_ids, shape)
 
 
 RELEASED = {
