@@ -160,8 +160,8 @@ class RBLMixin(LoadingMixin):
         if past.memory is not None and call.pixels:
             self.refuse_another_question(pruning)
         call = call.copy()
-        visual = [modality for modality in MODALITIES if modality in call.features or modality in call.pixels]
-        slots = {modality: self.placeholders(modality, call) for modality in visual}
+        encoded = [m for m in call.pixels if hasattr(self.base_model, f"get_{m}_features")]
+        slots = {m: self.placeholders(m, call) for m in MODALITIES if m in call.features or m in encoded}
         reading = PromptReading(call.attention_mask, call.prompt.shape[:2], slots, past.length, seen)
         if past.memory is not None:
             past.memory.check(len(call.prompt))
