@@ -16,7 +16,7 @@ from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .needed import encoded_alone, needed_tiles, rule_for
 from .pruning import PruningConfig
-from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
+from .seam import MASKS, MODALITIES, NEWLINES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
 from .tower_views import each_once, encoder_path, those_needed
 
 
@@ -179,6 +179,9 @@ class RBLModelMixin(RBLMixin):
                 [`~RBLMixin.prompt_texts`].
             arguments: the other arguments of that call, `pixel_values` included.
 
+        Raises:
+            ValueError: for `tiles="base"` without `runs`, where only the prompt tells which tile is the thumbnail.
+
         Returns:
             Features with `pooler_output` and `keep_masks`, for `mm_encoder_outputs={"image": …}`.
         """
@@ -186,7 +189,8 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        layouts = self.layouts(**arguments)
+        base = pruning.tiles == "base"
+        layouts = self.family.layouts_in_prompt(self, "image", arguments, runs) if base else self.layouts(**arguments)
         pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs, layouts)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
         rules = None
@@ -336,6 +340,8 @@ class RBLModelMixin(RBLMixin):
             if outputs.get(name) is not None:
                 outputs[name] = [kept(view) for view in outputs[name]]
         outputs[MASKS[modality]] = masks
+        if self.family.row_marks:  # they are text, which leaves the prompt later
+            outputs[NEWLINES] = rules[0].newlines
 
 
 def encoders(headless: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .seam import (
     ALONG,
     MASKS,
     MODALITIES,
+    NEWLINES,
     PIXELS,
     TOKENS,
     TYPES,
@@ -179,10 +180,9 @@ class RBLMixin(LoadingMixin):
             if masks.get(key):
                 gone = ~torch.cat([on_device(mask, dropped) for mask in masks[key]])
                 dropped = dropped.masked_scatter(slots[modality], gone)
-        settings = self.active_pruning(pruning)
-        marked = self.family.row_marks and settings is not None and settings.newlines != "all"
-        if settings is not None and marked:
-            dropped = dropped | self._dropped_row_marks(slots, dropped, features, settings.newlines)
+        marked = any(output.get(NEWLINES, "all") != "all" for output in features.values())
+        if marked:
+            dropped = dropped | self._dropped_row_marks(slots, dropped, features)
         plan, prompt_mask = None, torch.ones_like(dropped)
         own_positions = call.position_ids is not None and call.position_ids.ndim == 3
         if past.memory is not None or any(lost) or own_positions or marked:
@@ -274,12 +274,14 @@ class RBLMixin(LoadingMixin):
         return features
 
     def _dropped_row_marks(
-        self, slots: dict[str, torch.Tensor], dropped: torch.Tensor, features: dict[str, Any], newlines: str
+        self, slots: dict[str, torch.Tensor], dropped: torch.Tensor, features: dict[str, Any]
     ) -> torch.Tensor:
-        """`(batch, L)` bool: row ends written as text that leave with their rows, by `newlines` of the settings."""
+        """`(batch, L)` bool: row ends written as text that leave with their rows, by the `newlines` of the settings
+        that the features were pruned under."""
         marks = torch.zeros_like(dropped)
         for modality, key in MASKS.items():
-            if masks := features.get(modality, {}).get(key):
+            newlines = features.get(modality, {}).get(NEWLINES, "all")
+            if newlines != "all" and (masks := features[modality].get(key)):
                 placed = slots[modality]
                 numbers = torch.cat([torch.full((len(mask),), number) for number, mask in enumerate(masks)])
                 images = torch.zeros_like(placed, dtype=torch.long).masked_scatter(placed, on_device(numbers, placed))

@@ -41,6 +41,8 @@ MODALITIES = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # What outputs and encoded features of pruned models say besides: which visual tokens stayed.
 MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
+# In a family whose rows end with a mark in text: what the settings that features were pruned under say of row ends.
+NEWLINES = "newlines"
 # Parts of encoded features: the tokens, and further views of the same tokens, which lose what the tokens lose; what a
 # stock forward reads besides; and what none reads.
 TOKENS, VIEWS = "pooler_output", ("deepstack_features",)
@@ -433,7 +435,7 @@ def read_by_stock(features: Any, counted: bool = False) -> Any:
     Raises:
         ValueError: for a part of which it is not known whether it goes with the tokens.
     """
-    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values())
+    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values(), NEWLINES)
     if unknown := [name for name in features if name not in known]:
         raise ValueError(
             f"The visual features of {installed()} come with {', '.join(unknown)}, and this version of transformers_rbl"
