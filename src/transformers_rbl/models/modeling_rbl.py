@@ -209,13 +209,18 @@ class RBLMixin(LoadingMixin):
         token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
         return (call.prompt == self.get_input_embeddings()(token)).all(-1)
 
-    def prompt_texts(self, modality: str, call: Call) -> list[tuple[int, torch.Tensor]]:
-        """Per prompt how many placeholders of a modality it has, and the language model's embeddings `(m, d)` of its
-        text: what rules that read the question are given. Of a prompt to train on, the text that has no label.
+    def prompt_texts(self, modality: str, call: Call, seen: int = 0) -> list[tuple[int, int, torch.Tensor]]:
+        """Per prompt how many placeholders of a modality it has, how many of them beyond a cache, and the language
+        model's embeddings `(m, d)` of its text there: what rules that read the question are given. Of a prompt to train
+        on, the text that has no label.
 
         Args:
             modality (`str`): `"image"` or `"video"`.
             call ([`Call`]): with ids or embeddings.
+            seen (`int`): leading columns of the prompt that a cache holds; the question is what follows.
+
+        Raises:
+            ValueError: if labels cover all the text of a prompt with images: it has no question.
         """
         slots = {m: self.placeholders(m, call) for m in MODALITIES if hasattr(self.config, f"{m}_token_id")}
         length = call.prompt.shape[1]
@@ -224,12 +229,18 @@ class RBLMixin(LoadingMixin):
             text = text & call.attention_mask[:, -length:].bool().to(text.device)
         if "labels" in call.along:
             text = text & (call.along["labels"][:, -length:] == ALONG["labels"]).to(text.device)
+        text[:, :seen] = False
         texts = []
         with torch.no_grad():
             for prompt, own, places in zip(call.prompt, slots[modality], text):
                 words = prompt[places]
                 embeddings = words if words.is_floating_point() else self.get_input_embeddings()(words)
-                texts.append((int(own.sum()), embeddings))
+                if "labels" in call.along and not len(embeddings) and bool(own.any()):
+                    raise ValueError(
+                        "A score that reads the question finds none: labels cover all the text of a prompt with "
+                        f"images. Give its question the label {ALONG['labels']:.0f}, or choose another score."
+                    )
+                texts.append((int(own.sum()), int(own[seen:].sum()), embeddings))
         return texts
 
     def reads_question(self, pruning: PruningConfig | dict | None) -> bool:
@@ -268,7 +279,7 @@ class RBLMixin(LoadingMixin):
             arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
             apart = self.family.apart
             runs = None if apart is None else reading.runs(modality, apart)
-            texts = self.prompt_texts(modality, call) if self.reads_question(pruning) else None
+            texts = self.prompt_texts(modality, call, reading.seen) if self.reads_question(pruning) else None
             features[modality] = self.base_model.features(modality, arguments, pruning, runs, texts)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features

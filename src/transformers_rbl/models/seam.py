@@ -23,6 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from .pruning import PruningConfig
+
 
 try:  # how stock records hidden states, by hooks that it installs once a module
     from transformers.utils.output_capturing import maybe_install_capturing_hooks as install_capture
@@ -77,8 +79,8 @@ class Role(Enum):
     REFUSED = "describes the unpruned prompt, and cannot be followed"
 
 
-# Arguments of our `from_pretrained`, and of `PruningConfig`: no stock method has one of these names.
-SETTINGS = ("codebook", "keep_ratio", "threshold", "score", "min_tokens", "newlines", "tiles", "per_frame")
+# Arguments of `PruningConfig` and of our `from_pretrained`: no stock method has one of these names.
+SETTINGS = (*(setting.name for setting in fields(PruningConfig)), "codebook")
 
 # What runs along the prompt, and what stands at padding.
 TYPES = "mm_token_type_ids"
@@ -248,6 +250,15 @@ def bound(stock: Callable, model: Any, args: tuple, kwargs: dict[str, Any]) -> d
     return arguments
 
 
+def check_settings(arguments: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a setting of pruning outside `pruning=`, which stock would not read."""
+    if misplaced := [name for name in SETTINGS if name in arguments]:
+        if "codebook" in misplaced:
+            raise ValueError("A codebook is not of one call: give it to from_pretrained, or call set_codebook.")
+        given = ", ".join(f"{name}=…" for name in misplaced)
+        raise ValueError(f"Settings of one call go into pruning=PruningConfig({given}).")
+
+
 @dataclass
 class Call:
     """The arguments of one call of `forward` or `generate`, by role.
@@ -286,12 +297,7 @@ class Call:
             ValueError: for one thing under two names, and for a setting of pruning outside `pruning=`, which stock
                 would not read.
         """
-        if misplaced := [name for name in SETTINGS if name in arguments]:
-            given = ", ".join(f"{name}=…" for name in misplaced)
-            raise ValueError(
-                f"Settings of one call go into pruning=PruningConfig({given}); {', '.join(misplaced)} by itself is an "
-                "argument of from_pretrained."
-            )
+        check_settings(arguments)
         call = cls()
         single = {
             Role.IDS: "input_ids",
