@@ -308,6 +308,10 @@ def test_rules_that_read_the_question_are_refused_where_features_outlive_it(fami
         pruned.generate(input_ids=ids, past_key_values=cache, **GREEDY, pruning=rule)
     again = pruned.generate(input_ids=ids, past_key_values=cache, **GREEDY)  # another rule goes on
     assert again.shape[1] > ids.shape[1]
+    with pytest.raises(ValueError, match="chosen by the question before"):
+        pruned(
+            input_ids=one.input_ids[:, -5:], past_key_values=pruned(**one, pruning=rule).past_key_values, pruning=rule
+        )
     output = pruned(**one, pruning=rule)  # one token at a time is the same question
     step = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
     assert pruned(**step, pruning=rule).logits.shape[1] == 1

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import pickle
 
 import pytest
 import torch
@@ -255,8 +256,9 @@ def test_a_rule_of_the_users_prunes_a_model_that_is_saved_with_it(given, registe
     again = family.rbl_class.from_pretrained(tmp_path).eval()
     assert again.pruning == settings and torch.equal(again(**one).logits, output.logits)
     del SCORERS["longest"]
-    with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)"):
+    with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)") as error:
         family.rbl_class.from_pretrained(tmp_path)
+    assert str(error.value).endswith("before loading. Or give pruning= here.")  # an upgrade would not help
     assert family.rbl_class.from_pretrained(tmp_path, pruning=PruningConfig(enabled=False)).codebook is None
 
 
@@ -343,6 +345,14 @@ def test_a_rule_that_writes_on_what_it_is_given_changes_nothing_of_the_callers(g
     before = given["tokens"].clone(), given["codebook"].unit_prototypes.clone()
     mask("writes", given)
     assert torch.equal(given["tokens"], before[0]) and torch.equal(given["codebook"].unit_prototypes, before[1])
+
+
+def test_settings_that_were_pickled_where_the_rule_was_registered_get_a_sentence(pruned, one, register):
+    register("longest", longest_first)
+    pickled = pickle.dumps(PruningConfig(keep_ratio=0.3, score="longest"))
+    del SCORERS["longest"]
+    with pytest.raises(ValueError, match="got 'longest'. A rule of your own is registered in every process"):
+        pruned(**one, pruning=pickle.loads(pickled))
 
 
 def test_another_rule_under_the_name_is_not_loaded(register):

@@ -35,7 +35,7 @@ from .seam import (
     bound,
     cache_of,
     check_stock,
-    is_counted,
+    is_counted_for,
     read_by_stock,
     replaced,
     stock_positions,
@@ -158,7 +158,7 @@ class RBLMixin(LoadingMixin):
             ValueError: if images and placeholders do not match.
         """
         self.family.check_call(call)
-        if past.memory is not None and call.pixels:
+        if past.memory is not None and (call.pixels or call.prompt.shape[1] - seen > 1):  # one token goes on answering
             self.refuse_another_question(pruning)
         call = call.copy()
         visual = [modality for modality in MODALITIES if modality in call.features or modality in call.pixels]
@@ -193,7 +193,8 @@ class RBLMixin(LoadingMixin):
                 features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)
             prompt_mask = plan.kept
-        counted = {m: MASKS[m] in output and m in slots for m, output in features.items()}
+        length = call.prompt.shape[1]
+        counted = {m: length if MASKS[m] in output and m in slots else None for m, output in features.items()}
         call.features = {m: read_by_stock(output, counted[m]) for m, output in features.items() if len(output[TOKENS])}
         return Prepared(call, past, plan, masks, prompt_mask)
 
@@ -319,7 +320,7 @@ class RBLMixin(LoadingMixin):
     def _run(self, call: Call, **settings: Any) -> Any:
         """Stock `forward`. Features that were counted are put in their places here: stock would ask the device whether
         they fit, and wait. Where it reads them for more than their places, it gets them as they are."""
-        counted = all(is_counted(output) for output in call.features.values())
+        counted = all(is_counted_for(call.prompt.shape[1], output) for output in call.features.values())
         features = {}
         for modality, output in call.features.items():
             if not isinstance(output[TOKENS], torch.Tensor):  # apart, as `generate` needs them to repeat rows

@@ -216,12 +216,12 @@ def registered_at(score: str) -> str | None:
 
 def scorer_arguments(score: str) -> set[str]:
     """Names of what a scorer needs, by its signature."""
-    return _needs(SCORERS[score])
+    return _needs(_scorer(score))
 
 
 def chooses(score: str) -> bool:
     """Whether a scorer returns a [`Choice`], by its annotation, and so takes no threshold."""
-    return _chooses(SCORERS[score])
+    return _chooses(_scorer(score))
 
 
 def score_tokens(score: str, **inputs: Any) -> torch.Tensor | Choice:
@@ -237,9 +237,7 @@ def score_tokens(score: str, **inputs: Any) -> torch.Tensor | Choice:
     Raises:
         ValueError: if the scorer does not exist, or needs something that is absent.
     """
-    if score not in SCORERS:
-        raise ValueError(f"score must be one of {', '.join(SCORERS)}; got {score!r}.")
-    if not getattr(SCORERS[score], "over_images", False):
+    if not getattr(_scorer(score), "over_images", False):
         return _call(score, inputs)
     several = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     return _apart(score, _call(score, several), 1)[0]
@@ -252,7 +250,7 @@ def score_images(score: str, images: list[dict[str, Any]]) -> list[torch.Tensor 
         score (`str`): a key of [`SCORERS`].
         images (`list[dict]`): for each what [`score_tokens`] takes.
     """
-    if len(images) == 1 or not getattr(SCORERS[score], "over_images", False):
+    if len(images) == 1 or not getattr(_scorer(score), "over_images", False):
         return [score_tokens(score, **inputs) for inputs in images]
     together = {name: _together([inputs.get(name) for inputs in images]) for name in images[0]}
     return _apart(score, _call(score, together), len(images))
@@ -264,6 +262,16 @@ def _apart(score: str, scores: Any, images: int) -> list[torch.Tensor]:
         got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise ValueError(f"score={score!r} takes several images at once and returns scores (images, L); got {got}.")
     return list(scores)
+
+
+def _scorer(score: str) -> Scorer:
+    """The function of a rule; settings that were pickled may come without it."""
+    if score not in SCORERS:
+        raise ValueError(
+            f"score must be one of {', '.join(SCORERS)}; got {score!r}. A rule of your own is registered in every "
+            "process, by register_scorer."
+        )
+    return SCORERS[score]
 
 
 def _together(values: list[Any]) -> Any:

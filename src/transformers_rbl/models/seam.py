@@ -431,12 +431,12 @@ def without(output: Any, name: str) -> Any:
     return replaced(rest, **{part: value for part, value in parts.items() if part not in names})
 
 
-def read_by_stock(features: Any, counted: bool = False) -> Any:
+def read_by_stock(features: Any, counted: int | None = None) -> Any:
     """Encoded features with those parts alone that a stock forward reads, our masks left out.
 
     Args:
         features (`ModelOutput`): of `get_image_features` or `get_video_features`.
-        counted (`bool`): whether they were found to fit the prompt that they go with, see [`is_counted`].
+        counted (`int`, *optional*): length of the prompt that they were found to fit, see [`is_counted_for`].
 
     Raises:
         ValueError: for a part of which it is not known whether it goes with the tokens.
@@ -450,14 +450,15 @@ def read_by_stock(features: Any, counted: bool = False) -> Any:
     needed = {part.name: None for part in fields(features) if part.default is MISSING}  # timm's output has one
     parts = {name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features}
     read = type(features)(**needed | parts)
-    read.counted = counted and all(features.get(name) is None for name in (*VIEWS, *ASIDE))
+    read.counted = counted if all(features.get(name) is None for name in (*VIEWS, *ASIDE)) else None
     return read
 
 
-def is_counted(features: Any) -> bool:
-    """Whether these are visual tokens and nothing else, and as many as their prompt has places: it is noted on the
-    object, which `generate` hands from the encoder to `forward`, and lost on every copy."""
-    return getattr(features, "counted", False)
+def is_counted_for(length: int, features: Any) -> bool:
+    """Whether these are visual tokens and nothing else, and as many as their prompt of this length has places: it is
+    noted on the object, which `generate` hands from the encoder to `forward`, and lost on every copy. A prompt that has
+    grown since may have got one more placeholder."""
+    return getattr(features, "counted", None) == length
 
 
 def with_features(outputs: Any, features: dict[str, Any]) -> Any:
