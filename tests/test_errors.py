@@ -1,5 +1,6 @@
 """Contract 11: bad input gets a sentence."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,16 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch):
             load(name)
 
 
-@pytest.mark.parametrize("setting", [{"keep_ratio": 0.2}, {"threshold": 0.5}, {"score": "random"}])
+@pytest.mark.parametrize("setting", [field.name for field in dataclasses.fields(PruningConfig)])
 def test_settings_of_a_call_go_into_pruning(pruned, one, setting):
     """Stock `forward` takes any keyword, and would not read these."""
-    for call in (pruned, pruned.generate):
-        with pytest.raises(ValueError, match=rf"go into pruning=PruningConfig\({next(iter(setting))}=…\)"):
-            call(**one, **setting)
+    value, images = getattr(PruningConfig(keep_ratio=0.2), setting), visual(one)
+    calls = [(pruned, one), (pruned.generate, one), (pruned.get_image_features, images)]
+    for call, inputs in [*calls, (pruned.model.get_image_features, images)]:
+        with pytest.raises(ValueError, match=rf"go into pruning=PruningConfig\({setting}=…\)"):
+            call(**inputs, **{setting: value})
+        with pytest.raises(ValueError, match="give it to from_pretrained, or call set_codebook"):
+            call(**inputs, codebook=pruned.codebook)
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
@@ -159,7 +164,7 @@ def test_saved_settings_from_a_newer_version(family, pruned, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["pruning"]["attention_sink"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="attention_sink.*newer version"):
+    with pytest.raises(ValueError, match="attention_sink.*newer version of transformers_rbl: upgrade it. Or give pr"):
         family.rbl_class.from_pretrained(tmp_path)
 
 

@@ -344,3 +344,23 @@ def test_a_compiled_language_model(family, pruned, one):
 def test_models_do_not_share_a_codebook(family):
     first, second = family.pruned(), family.pruned()
     assert first.codebook is not second.codebook and first.codebook is not family.codebook
+
+
+class _Placeholder(LogitsProcessor):
+    """Whatever the model says, the next token is a placeholder."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self.token]), 0.0)
+
+
+def test_a_placeholder_that_the_model_says_gets_stocks_sentence_without_a_cache(family, stock, pruned, one):
+    said = {"logits_processor": [_Placeholder(pruned.config.image_token_id)], "use_cache": False}
+    with pytest.raises(ValueError) as expected:
+        stock.generate(**one, **GREEDY, **said)
+    with pytest.raises(ValueError) as error:
+        pruned.generate(**one, **GREEDY, **said)
+    assert str(error.value).split(",")[0] == str(expected.value).split(",")[0]
+    torch.testing.assert_close(pruned.generate(**one, **GREEDY, use_cache=False), pruned.generate(**one, **GREEDY))

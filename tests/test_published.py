@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import small_families
 from conftest import GREEDY, TEXTS, make_family, visual
@@ -280,14 +281,14 @@ def test_the_question_is_the_text_of_the_images_own_prompt(family, pruned, batch
             assert torch.equal(mask, next(masks))
         ids = alone.input_ids[0]
         texts = pruned.prompt_texts("image", pruned_call(alone))
-        assert torch.equal(texts[0][1], embeds(ids[ids != pruned.config.image_token_id]))
+        assert torch.equal(texts[0][2], embeds(ids[ids != pruned.config.image_token_id]))
         assert texts[0][0] == int((ids == pruned.config.image_token_id).sum())
     alone = family.inputs([TEXTS[1]], images[1:2])
     other = family.inputs(["<s>USER: <image>\nsomething else entirely, at length? ASSISTANT:"], images[1:2])
     labels = alone.input_ids.clone()
     labels[:, :-4] = -100
-    labelled = pruned.prompt_texts("image", pruned_call({**alone, "labels": labels}))[0][1]
-    assert len(labelled) == len(pruned.prompt_texts("image", pruned_call(alone))[0][1]) - 4
+    labelled = pruned.prompt_texts("image", pruned_call({**alone, "labels": labels}))[0][2]
+    assert len(labelled) == len(pruned.prompt_texts("image", pruned_call(alone))[0][2]) - 4
     masks = [pruned(**inputs, pruning=rule).keep_masks[0] for inputs in (alone, other)]
     assert masks[0].sum() == masks[1].sum()
 
@@ -307,6 +308,10 @@ def test_rules_that_read_the_question_are_refused_where_features_outlive_it(fami
         pruned.generate(input_ids=ids, past_key_values=cache, **GREEDY, pruning=rule)
     again = pruned.generate(input_ids=ids, past_key_values=cache, **GREEDY)  # another rule goes on
     assert again.shape[1] > ids.shape[1]
+    with pytest.raises(ValueError, match="chosen by the question before"):
+        pruned(
+            input_ids=one.input_ids[:, -5:], past_key_values=pruned(**one, pruning=rule).past_key_values, pruning=rule
+        )
     output = pruned(**one, pruning=rule)  # one token at a time is the same question
     step = {"input_ids": output.logits[:, -1:].argmax(-1), "past_key_values": output.past_key_values}
     assert pruned(**step, pruning=rule).logits.shape[1] == 1
@@ -337,3 +342,56 @@ def test_families_without_towers_of_this_kind_say_so(tmp_path):
 def test_prumerge_takes_in_32_of_many():
     weights = score_tokens("prumerge", **given("random", length=60), count=5).weights
     assert (weights > 0).sum(1).tolist() == [33] * 5
+
+
+@torch.no_grad()
+def test_a_row_is_pruned_by_its_own_question_behind_a_cache(family, pruned):
+    """Whole prompts with all their images, on a cache that was filled without pruning: a batch is its rows, and the
+    question is what follows the cache, whether what it holds is given again or not."""
+    if family.name == "llava_onevision":
+        pytest.skip("an image has other tiles in a prompt of one than in a prompt of two")
+    rule, off = PruningConfig(keep_ratio=0.3, score="cdpruner"), PruningConfig(enabled=False)
+    images = [family.images(1, seed)[0] for seed in range(4)]
+    before = [family.inputs([f"<s>USER: <image> {word}? ASSISTANT:"], [images[i]]) for i, word in enumerate("ab")]
+    texts = " USER: <image> how many are red? ASSISTANT:", " USER: <image> what size is it, then? ASSISTANT:"
+    after = [family.inputs([text], [images[i + 2]]) for i, text in enumerate(texts)]
+    shortest = min(turn["input_ids"].shape[1] for turn in after)
+    new = [turn["input_ids"][:, :shortest] for turn in after]
+
+    def kept(rows, whole=True):
+        first = {name: torch.cat([before[row][name] for row in rows]) for name in before[0]}
+        cache = DynamicCache(config=pruned.config.get_text_config())
+        pruned(**first, past_key_values=cache, use_cache=True, pruning=off)
+        own = torch.cat([new[row] for row in rows])
+        ids = torch.cat([first["input_ids"], own], dim=1)
+        shown = [turn[row] for row in rows for turn in ((before, after) if whole else (after,))]
+        output = pruned.generate(
+            input_ids=ids if whole else own,
+            attention_mask=torch.ones_like(ids),
+            **{name: torch.cat([turn[name] for turn in shown]) for name in visual(after[0])},
+            past_key_values=cache, pruning=rule, max_new_tokens=1, return_dict_in_generate=True,
+        )  # fmt: skip
+        return output.keep_masks
+
+    rows = [*kept([0]), *kept([1])]
+    assert len(rows) == 2 and not torch.equal(*rows)
+    for masks in (kept([0, 1]), kept([0, 1], whole=False)):
+        assert all(map(torch.equal, masks, rows))
+
+
+def test_labels_that_leave_no_question_get_a_sentence(pruned, one):
+    rule = PruningConfig(keep_ratio=0.3, score="cdpruner")
+    with pytest.raises(ValueError, match="labels cover all the text of a prompt with images. Give its question"):
+        pruned(**one, labels=one["input_ids"].clone(), pruning=rule)
+
+
+@torch.no_grad()
+def test_layers_that_were_not_run_are_not_handed_out(family, pruned, one):
+    """Counted from the end, they would be other layers than the stock model's."""
+    asked = {"output_hidden_states": True, "return_dict": True}
+    whole = pruned.get_image_features(**visual(one), **asked).hidden_states
+    stock = pruned.get_image_features(**visual(one), **asked, pruning=PruningConfig(enabled=False)).hidden_states
+    layer = pruned.config.vision_feature_layer
+    for states in (whole, pruned.get_image_features(**visual(one), return_dict=True).get("hidden_states")):
+        assert states is None or (len(states) == len(stock) and torch.equal(states[layer], stock[layer]))
+    assert whole is not None

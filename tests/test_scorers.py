@@ -1,18 +1,21 @@
 """Every scorer through one matrix; a scorer is one function and one line in `SCORERS`."""
 
+import functools
 import itertools
 import json
+import pickle
 
 import pytest
 import torch
 
 from conftest import GREEDY, make_family, visual
 from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count, register_scorer
-from transformers_rbl.models.codebook import keep_mask
+from transformers_rbl.models.codebook import choose, keep_mask
+from transformers_rbl.models.greedy import over_images
 from transformers_rbl.models.layout import NEWLINE
 from transformers_rbl.models.merging import Choice
 from transformers_rbl.models.pruning import select_tokens
-from transformers_rbl.models.scorers import SCORERS, chooses, score_tokens
+from transformers_rbl.models.scorers import MERGING, SCORERS, chooses, score_tokens
 
 
 ALL = sorted(SCORERS)
@@ -173,6 +176,64 @@ def every_other(tokens, count) -> Choice:
     return Choice(kept)
 
 
+def too_many(tokens):
+    return Choice(torch.ones(len(tokens), dtype=torch.bool))
+
+
+def one_number(tokens):
+    return tokens.sum()
+
+
+def of_colours(tokens, colour, size):
+    return tokens
+
+
+def by_place(count, frame):
+    return torch.tensor([0.0, 1.0]).repeat(8)
+
+
+def cut(tokens, number):
+    return tokens[:, number]
+
+
+@over_images
+def framed(tokens, frame):
+    return tokens[..., 0] + frame
+
+
+@over_images
+def several_choices(tokens, count) -> Choice:
+    return Choice(torch.ones(tokens.shape[:2], dtype=torch.bool))
+
+
+@over_images
+def unannotated(tokens):
+    return Choice(torch.ones(tokens.shape[:2], dtype=torch.bool))
+
+
+def with_defaults(tokens, count=None, seed=5):
+    return torch.arange(len(tokens)).roll(count + seed).float()
+
+
+def writes(tokens, unit_prototypes):
+    return unit_prototypes.zero_().sum() + tokens.zero_()[:, 0]
+
+
+SAID = {}
+
+
+def says(tokens, count):
+    return SAID["what"](len(tokens), count)
+
+
+def says_a_choice(tokens, count) -> Choice:
+    return Choice(*SAID["what"](len(tokens), count))
+
+
+def first(length, count):
+    return torch.arange(length) < count
+
+
 @pytest.fixture
 def register():
     """`register_scorer`, undone afterwards."""
@@ -195,8 +256,9 @@ def test_a_rule_of_the_users_prunes_a_model_that_is_saved_with_it(given, registe
     again = family.rbl_class.from_pretrained(tmp_path).eval()
     assert again.pruning == settings and torch.equal(again(**one).logits, output.logits)
     del SCORERS["longest"]
-    with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)"):
+    with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)") as error:
         family.rbl_class.from_pretrained(tmp_path)
+    assert str(error.value).endswith("before loading. Or give pruning= here.")  # an upgrade would not help
     assert family.rbl_class.from_pretrained(tmp_path, pruning=PruningConfig(enabled=False)).codebook is None
 
 
@@ -205,12 +267,109 @@ def test_a_rule_of_the_users_may_choose(given, register):
     assert mask("every_other", given, keep_ratio=0.5).tolist() == [True, False] * 20
     with pytest.raises(ValueError, match="'every_other' chooses a number of tokens and has no threshold"):
         PruningConfig(threshold=0.5, score="every_other")
-    register("too_many", lambda tokens: Choice(torch.ones(len(tokens), dtype=torch.bool)))
+    register("too_many", too_many)
     with pytest.raises(ValueError, match="keeps 40 of 40 tokens where 12 are to stay"):
         mask("too_many", given)
-    register("one_number", lambda tokens: tokens.sum())
+    register("one_number", one_number)
     with pytest.raises(ValueError, match=r"shape \(\) for 40 tokens"):
         mask("one_number", given)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (lambda length, count: [0.0] * length, "gave a list"),
+        (lambda length, count: None, "gave a NoneType"),
+        (lambda length, count: torch.arange(length), "gave a tensor of torch.int64"),
+        (lambda length, count: torch.zeros(length, device="meta"), "gave a tensor on meta"),
+        (
+            lambda length, count: torch.zeros(length, 1),
+            r"gave a tensor of shape \(40, 1\) for 40 tokens: a score a token",
+        ),
+    ],
+)
+def test_what_is_no_score_a_token_is_refused(given, register, what, words):
+    register("says", says)
+    SAID["what"] = what
+    with pytest.raises(ValueError, match=f"score='says' {words}"):
+        mask("says", given)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (
+            lambda n, count: [torch.arange(n + 5) >= n + 5 - count],
+            r"\(45,\) for 40 tokens: Choice.kept of shape \(40,\)",
+        ),
+        (
+            lambda n, count: [first(n, count).long()],
+            "tensor of torch.int64 for 40 tokens: Choice.kept .*, bool, on cpu",
+        ),
+        (lambda n, count: [first(n, count).tolist()], "gave a list"),
+        (lambda n, count: [first(n, count - 1)], "keeps 11 of 40 tokens where 12 are to stay"),
+        (lambda n, count: [first(n, count), torch.eye(n)], r"Choice.weights of shape \(12, 40\), float"),
+        (lambda n, count: [first(n, count), torch.eye(n)[:count].long()], "a tensor of torch.int64"),
+    ],
+)
+def test_what_is_no_choice_is_refused(given, register, what, words):
+    register("says_a_choice", says_a_choice)
+    SAID["what"] = what
+    with pytest.raises(ValueError, match=words):
+        mask("says_a_choice", given)
+
+
+def test_a_choice_may_come_in_half_precision_and_must_be_announced(given, register):
+    register("says_a_choice", says_a_choice)
+    SAID["what"] = lambda n, count: [first(n, count), torch.eye(n)[:count].bfloat16() / 2]
+    rule = PruningConfig(keep_ratio=0.3, score="says_a_choice")
+    [choice] = choose([{"tokens": given["tokens"]}], rule)
+    torch.testing.assert_close(choice.merged(given["tokens"])[:12], given["tokens"][:12] / 2)
+    register("too_many", too_many)
+    with pytest.raises(ValueError, match="returns a Choice: annotate it so"):
+        keep_mask(given["tokens"], PruningConfig(threshold=0.5, score="too_many"))
+    register("unannotated", unannotated)
+    for images in (1, 2):
+        with pytest.raises(ValueError, match=r"returns scores \(images, L\); got Choice"):
+            choose([{"tokens": given["tokens"]}] * images, PruningConfig(keep_ratio=0.3, score="unannotated"))
+
+
+def test_arguments_with_defaults_are_supplied_too(given, register):
+    register("with_defaults", with_defaults)
+    kept = mask("with_defaults", given, seed=2)
+    assert kept.nonzero()[:, 0].tolist() == list(range(14, 26))  # not from 5 on, nor without a count
+
+
+def test_a_rule_that_writes_on_what_it_is_given_changes_nothing_of_the_callers(given, register):
+    register("writes", writes)
+    before = given["tokens"].clone(), given["codebook"].unit_prototypes.clone()
+    mask("writes", given)
+    assert torch.equal(given["tokens"], before[0]) and torch.equal(given["codebook"].unit_prototypes, before[1])
+
+
+def test_settings_that_were_pickled_where_the_rule_was_registered_get_a_sentence(pruned, one, register):
+    register("longest", longest_first)
+    pickled = pickle.dumps(PruningConfig(keep_ratio=0.3, score="longest"))
+    del SCORERS["longest"]
+    with pytest.raises(ValueError, match="got 'longest'. A rule of your own is registered in every process"):
+        pruned(**one, pruning=pickle.loads(pickled))
+
+
+def test_another_rule_under_the_name_is_not_loaded(register):
+    register("longest", longest_first)
+    saved = PruningConfig(keep_ratio=0.3, score="longest").to_dict()
+    assert PruningConfig.from_dict(saved).score == "longest"
+    del SCORERS["longest"]
+    register("longest", one_number)
+    with pytest.raises(ValueError, match="was test_scorers:longest_first .* and is test_scorers:one_number here"):
+        PruningConfig.from_dict(saved)
+
+
+@pytest.mark.parametrize("name", sorted(MERGING))
+def test_keeping_all_is_the_stock_model_by_rules_that_merge_too(given, name):
+    image = {key: value for key, value in given.items() if key != "codebook"}
+    [choice] = choose([image], PruningConfig(keep_ratio=1.0, score=name))
+    assert choice.kept.all() and torch.equal(choice.merged(given["tokens"]), given["tokens"])
 
 
 def test_names_that_clash_and_needs_that_nothing_meets_are_refused(register):
@@ -220,7 +379,11 @@ def test_names_that_clash_and_needs_that_nothing_meets_are_refused(register):
         ("cosine", longest_first, ValueError, "a rule of this library"),
         ("longest first", longest_first, ValueError, "letters, digits and underscores"),
         ("longest", "norm", TypeError, "is a str"),
-        ("longest", lambda tokens, colour, size: tokens, ValueError, "asks for colour, size; what a scorer can be"),
+        ("longest", of_colours, ValueError, "asks for colour, size; what a scorer can be"),
+        ("longest", lambda tokens: tokens, ValueError, "<lambda>, which saved settings could not tell from another"),
+        ("longest", functools.partial(cut, number=1), ValueError, "<a partial>, which saved settings could not tell"),
+        ("longest", framed, ValueError, "takes several images at once: it has no frame"),
+        ("longest", several_choices, ValueError, "takes several images at once: .* returns scores"),
     ):
         with pytest.raises(error, match=words):
             register(name, function)
@@ -305,7 +468,7 @@ def test_cls_similarity_of_video_frames(tmp_path):
 
 def test_a_scorer_of_the_users_may_read_no_tensor(register):
     """A rule by position alone: every other token."""
-    register("every_other", lambda count, frame: torch.tensor([0.0, 1.0]).repeat(8))
+    register("every_other", by_place)
     mask = keep_mask(torch.randn(16, 32), PruningConfig(keep_ratio=0.5, score="every_other"))
     assert mask.tolist() == [True, False] * 8
 

@@ -187,10 +187,11 @@ def test_offsets_of_any_size_survive_half_precision():
         assert torch.equal(detach(attach(torch.randn(5, 3, dtype=dtype), places))[1], places)
 
 
-def test_a_rule_that_reads_the_question_is_refused(pruned):
-    def asked(tokens: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-        return tokens @ question.mean(0)
+def asked(tokens: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    return tokens @ question.mean(0)
 
+
+def test_a_rule_that_reads_the_question_is_refused(pruned):
     register_scorer("served_question", asked)
     try:
         config = type(pruned.config).from_dict(pruned.config.to_dict())

@@ -17,6 +17,7 @@ from transformers_rbl import PruningConfig, RedundancyCodebook
 from transformers_rbl.cli import app
 from transformers_rbl.demo import loading
 from transformers_rbl.models.merging import Choice
+from transformers_rbl.models.scorers import SCORERS, max_cosine
 from transformers_rbl.models.seam import CACHE_NAMES
 from transformers_rbl.verify import (
     ALL,
@@ -237,7 +238,8 @@ def test_a_broken_model_fails_in_the_right_line(next_family, monkeypatch, breaka
     ("change", "expected"), [(another_order, {MOST_REDUNDANT, SCORES}), (rounded, {SCORES})], ids=["order", "dtype"]
 )
 def test_broken_scores_fail(next_family, monkeypatch, change, expected):
-    changing(monkeypatch, RedundancyCodebook, "score", change)
+    """Broken where pruning and the codebook's own `score` ask alike."""
+    monkeypatch.setitem(SCORERS, "cosine", functools.wraps(max_cosine)(functools.partial(change, max_cosine)))
     checks = verify_checkpoint(next_family.folder, device="cpu").checks
     assert expected <= failed(checks) <= {MOST_REDUNDANT, SCORES}
 

@@ -376,25 +376,51 @@ def choose(
 def _settled(tokens: torch.Tensor, scores: torch.Tensor | Choice, pruning: PruningConfig) -> Choice:
     """The choice that scores amount to, and the merging that the settings ask for."""
     count = pruning.count_of(len(tokens))
-    if not isinstance(scores, Choice):
-        if scores.shape != (len(tokens),):
-            raise ValueError(
-                f"score={pruning.score!r} gave a tensor of shape {tuple(scores.shape)} for {len(tokens)} tokens: one "
-                "score a token is expected."
-            )
-        choice = Choice(select_tokens(scores, pruning))
-    else:
-        choice = scores
-        if pruning.score not in BUILT_IN and int(choice.kept.sum()) != count:
-            raise ValueError(
-                f"score={pruning.score!r} keeps {int(choice.kept.sum())} of {len(tokens)} tokens where {count} are to "
-                "stay: counts must be known in advance."
-            )
+    if pruning.score not in BUILT_IN:
+        _check_said(scores, tokens, pruning.score, count)
+    choice = scores if isinstance(scores, Choice) else Choice(select_tokens(scores, pruning))
+    if count == len(tokens):
+        return Choice(choice.kept)  # nothing to take in: keeping all is the stock model, by every rule
     if pruning.merge == "nearest":
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            weights = None if count == len(tokens) else nearest_merging(tokens.detach().float(), choice.kept, count)
-        choice = Choice(choice.kept, weights)
+            choice = Choice(choice.kept, nearest_merging(tokens.detach().float(), choice.kept, count))
     return choice
+
+
+def _check_said(said: Any, tokens: torch.Tensor, score: str, count: int | None) -> None:
+    """Raise a `ValueError` for what a registered rule must not say of tokens `(L, d)`, of which `count` are to stay."""
+
+    def check(what: str, tensor: Any, shape: tuple[int, ...], is_bool: bool = False) -> None:
+        dtype = "bool" if is_bool else "float"
+        if not isinstance(tensor, torch.Tensor):
+            got = f"a {type(tensor).__name__}"
+        elif tensor.shape != shape:
+            got = f"a tensor of shape {tuple(tensor.shape)}"
+        elif tensor.device != tokens.device:
+            got = f"a tensor on {tensor.device}"
+        elif not (tensor.dtype == torch.bool if is_bool else tensor.is_floating_point()):
+            got = f"a tensor of {tensor.dtype}"
+        else:
+            return
+        raise ValueError(
+            f"score={score!r} gave {got} for {len(tokens)} tokens: {what} of shape {shape}, {dtype}, on "
+            f"{tokens.device} is expected."
+        )
+
+    if not isinstance(said, Choice):
+        return check("a score a token,", said, (len(tokens),))
+    check("Choice.kept", said.kept, (len(tokens),), is_bool=True)
+    if count is None:
+        raise ValueError(
+            f"score={score!r} returns a Choice: annotate it so, def rule(…) -> Choice, and give keep_ratio."
+        )
+    if (kept := int(said.kept.sum())) != count:
+        raise ValueError(
+            f"score={score!r} keeps {kept} of {len(tokens)} tokens where {count} are to stay: counts must be known in "
+            "advance."
+        )
+    if said.weights is not None:
+        check("Choice.weights", said.weights, (count, len(tokens)))
 
 
 def library(module: str, what: str) -> ModuleType:

@@ -16,7 +16,19 @@ from .loading import stock_alone
 from .modeling_rbl import RBLMixin
 from .needed import encoded_alone, needed_tiles, rule_for
 from .pruning import PruningConfig
-from .seam import MASKS, MODALITIES, PIXELS, TOKENS, VIEWS, as_stock, bound, read_by_stock, without
+from .seam import (
+    MASKS,
+    MODALITIES,
+    NEWLINES,
+    PIXELS,
+    TOKENS,
+    VIEWS,
+    as_stock,
+    bound,
+    check_settings,
+    read_by_stock,
+    without,
+)
 from .tower_views import each_once, encoder_path, those_needed
 
 
@@ -95,7 +107,7 @@ class RBLModelMixin(RBLMixin):
         arguments: dict[str, Any],
         pruning: PruningConfig | dict | None,
         runs: list[list[int]] | None = None,
-        texts: list[tuple[int, torch.Tensor]] | None = None,
+        texts: list[tuple[int, int, torch.Tensor]] | None = None,
     ) -> Any:
         """Encode images or videos and keep what the settings keep.
 
@@ -105,12 +117,13 @@ class RBLModelMixin(RBLMixin):
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
             runs (`list[list[int]]`, *optional*): lengths of runs of placeholders, where that tells which tiles are one
                 image: of the whole prompt, and of what a cache does not hold of it.
-            texts (`list[tuple[int, torch.Tensor]]`, *optional*): per prompt, for scorers that read the question, see
-                [`~RBLMixin.prompt_texts`].
+            texts (`list[tuple[int, int, torch.Tensor]]`, *optional*): per prompt, for scorers that read the
+                question, see [`~RBLMixin.prompt_texts`].
 
         Returns:
             What the stock method returns; pruned, `pooler_output` is a list, and the masks stand beside it.
         """
+        check_settings(arguments)
         pruning = self.active_pruning(pruning)
         if pruning is None and not self.family.must_encode(modality, arguments):
             with stock_alone(self):
@@ -150,12 +163,12 @@ class RBLModelMixin(RBLMixin):
                 outputs = self.family.encode_base(encoder, arguments, layouts or [])
             else:
                 outputs = self.family.encode(encoder, modality, arguments)
-        if shorter is not self:
-            outputs = without(outputs, "last_hidden_state")  # of a layer that was not run
         if pruning is not None:
             if not base_alone:
                 outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)
             self._prune(modality, outputs, layouts, rules or pruning, arguments, base_alone, texts=texts)
+        if shorter is not self:  # nobody asked for them, and counted from the end they would be other layers'
+            outputs = without(without(outputs, "last_hidden_state"), "hidden_states")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -164,7 +177,7 @@ class RBLModelMixin(RBLMixin):
         outputs: Any,
         pruning: PruningConfig | dict | None = None,
         runs: list[list[int]] | None = None,
-        texts: list[tuple[int, torch.Tensor]] | None = None,
+        texts: list[tuple[int, int, torch.Tensor]] | None = None,
         **arguments: Any,
     ) -> Any:
         """Prune features that were encoded without pruning: several settings on one pass of the vision tower.
@@ -175,9 +188,12 @@ class RBLModelMixin(RBLMixin):
             pruning ([`PruningConfig`] or `dict`, *optional*): default the model's own.
             runs (`list[list[int]]`, *optional*): lengths of the prompt's runs of placeholders, where that tells which
                 tiles are one image, see [`Family.grouped`].
-            texts (`list[tuple[int, torch.Tensor]]`, *optional*): of the prompt, where a rule reads the question, see
-                [`~RBLMixin.prompt_texts`].
+            texts (`list[tuple[int, int, torch.Tensor]]`, *optional*): of the prompt, where a rule reads the
+                question, see [`~RBLMixin.prompt_texts`].
             arguments: the other arguments of that call, `pixel_values` included.
+
+        Raises:
+            ValueError: for `tiles="base"` without `runs`, where only the prompt tells which tile is the thumbnail.
 
         Returns:
             Features with `pooler_output` and `keep_masks`, for `mm_encoder_outputs={"image": …}`.
@@ -186,7 +202,8 @@ class RBLModelMixin(RBLMixin):
         pruned = read_by_stock(outputs)
         if pruning is None:
             return pruned
-        layouts = self.layouts(**arguments)
+        base = pruning.tiles == "base"
+        layouts = self.family.layouts_in_prompt(self, "image", arguments, runs) if base else self.layouts(**arguments)
         pruned[TOKENS] = self.family.grouped(self.family.split(self.config, list(outputs[TOKENS])), runs, layouts)
         hidden = BaseModelOutputWithPooling(hidden_states=outputs.get("hidden_states"))
         rules = None
@@ -208,7 +225,7 @@ class RBLModelMixin(RBLMixin):
         layouts: list[VisualLayout],
         pruning: PruningConfig,
         arguments: dict[str, Any],
-        texts: list[tuple[int, torch.Tensor]] | None,
+        texts: list[tuple[int, int, torch.Tensor]] | None,
     ) -> tuple[list[VisualLayout], list[PruningConfig], list[list[bool]]]:
         """Which tiles are needed, given the tokens of the base images `(n, d)`; of each image its tokens that are there
         then, and the settings under which as many stay as with all tiles. The device is waited for, once."""
@@ -236,7 +253,7 @@ class RBLModelMixin(RBLMixin):
         arguments: dict[str, Any],
         lengths: list[int],
         base_alone: bool = False,
-        texts: list[tuple[int, torch.Tensor]] | None = None,
+        texts: list[tuple[int, int, torch.Tensor]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """What the scorer needs beside the tokens, per image or video: `(L, ...)` each, row ends among them, and the
         question `(m, d)`.
@@ -248,7 +265,7 @@ class RBLModelMixin(RBLMixin):
             arguments (`dict[str, Any]`): of the stock method.
             lengths (`list[int]`): visual tokens of each image or video in the prompt.
             base_alone (`bool`): whether the base images alone were encoded.
-            texts (`list[tuple[int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
+            texts (`list[tuple[int, int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
 
         Raises:
             ValueError: if the family or its vision tower has nothing of the kind, or there is no question.
@@ -265,10 +282,12 @@ class RBLModelMixin(RBLMixin):
                     f"score={pruning.score!r} reads the question, and features that are encoded apart from a prompt "
                     "have none: choose another score, or pass pixel_values to forward or generate."
                 )
-            ends, starts = list(accumulate(count for count, _ in texts)), accumulate(lengths, initial=0)
-            for image, start in zip(inputs, starts):
+            whole, beyond = ([text[place] for text in texts] for place in (0, 1))
+            # The images of the whole prompt, or those that a cache does not hold.
+            ends = list(accumulate(beyond if sum(lengths) == sum(beyond) else whole))
+            for image, start in zip(inputs, accumulate(lengths, initial=0)):
                 row = next((row for row, end in enumerate(ends) if start < end), len(ends) - 1)
-                image["question"] = texts[row][1]
+                image["question"] = texts[row][2]
         if pruning.needs_cls_similarity:
             values = self.family.cls_similarity(self, modality, outputs, arguments, base_alone)
             for image, value in zip(inputs, values, strict=True):
@@ -284,7 +303,7 @@ class RBLModelMixin(RBLMixin):
         arguments: dict[str, Any],
         base_alone: bool = False,
         tower_outputs: Any = None,
-        texts: list[tuple[int, torch.Tensor]] | None = None,
+        texts: list[tuple[int, int, torch.Tensor]] | None = None,
     ) -> None:
         """Take redundant tokens out of encoded features, in place.
 
@@ -293,7 +312,7 @@ class RBLModelMixin(RBLMixin):
             layouts (`list[VisualLayout]`, *optional*): per image; by default images are patches and nothing else.
             pruning (`PruningConfig` or a list of them): of all images, or of each.
             tower_outputs: the output that holds the tower's hidden states, by default `outputs`.
-            texts (`list[tuple[int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
+            texts (`list[tuple[int, int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
         """
         images = outputs[TOKENS]
         if layouts is None:
@@ -336,6 +355,8 @@ class RBLModelMixin(RBLMixin):
             if outputs.get(name) is not None:
                 outputs[name] = [kept(view) for view in outputs[name]]
         outputs[MASKS[modality]] = masks
+        if self.family.row_marks:  # they are text, which leaves the prompt later
+            outputs[NEWLINES] = rules[0].newlines
 
 
 def encoders(headless: Any) -> dict[str, Any]:

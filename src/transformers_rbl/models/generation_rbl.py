@@ -71,8 +71,6 @@ class RBLGenerationMixin(RBLMixin):
             with stock_alone(self):
                 return self.stock.generate(self, **call.arguments())
         self._check_generation(call)
-        if past.memory is not None:
-            self.refuse_another_question(pruning)
         call.refuse_what_cannot_follow()
 
         prompt, original_ids = call.prompt, call.input_ids

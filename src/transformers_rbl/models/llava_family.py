@@ -65,7 +65,7 @@ class LlavaFamily(Family):
         selected = arguments.get("vision_feature_layer")
         selected = model.config.vision_feature_layer if selected is None else selected
         depth = getattr(model.config.vision_config, "num_hidden_layers", None)
-        if depth is None or arguments.get("output_hidden_states"):
+        if depth is None or arguments.get("output_hidden_states") or arguments.get("output_attentions"):
             return model, arguments
         layers = [layer if layer >= 0 else depth + 1 + layer for layer in layer_list(selected)]
         view = up_to_layer(model, max(layers))

@@ -157,7 +157,7 @@ class LoadingMixin(Mixed):
         try:
             _ = self.pruning  # saved settings that are broken end here,
         except ValueError as error:
-            raise ValueError(f"config.json of {name}: {error} Upgrade it, or give pruning= here.") from error
+            raise ValueError(f"config.json of {name}: {error} Or give pruning= here.") from error
         self.active_pruning(None)  # and those that lack their codebook
 
     @property

@@ -16,7 +16,7 @@ class Choice:
 
     Args:
         kept (`torch.BoolTensor` of shape `(L,)`).
-        weights (`torch.Tensor` of shape `(k, L)`, *optional*): float32; the k kept tokens, in their order, become
+        weights (`torch.Tensor` of shape `(k, L)`, *optional*): float; the k kept tokens, in their order, become
             `weights @ tokens`. None: they stay what they are.
     """
 
@@ -29,7 +29,7 @@ class Choice:
         if self.weights is None:
             return tokens
         with torch.autocast(tokens.device.type, enabled=False):
-            become = self.weights.to(tokens.device) @ tokens.float()
+            become = self.weights.to(tokens.device, torch.float32) @ tokens.float()
             places_of_kept = places(self.kept, len(self.weights)).to(tokens.device)
             return tokens.index_copy(0, places_of_kept, become.to(tokens.dtype))
 

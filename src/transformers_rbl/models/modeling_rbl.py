@@ -25,6 +25,7 @@ from .seam import (
     ALONG,
     MASKS,
     MODALITIES,
+    NEWLINES,
     PIXELS,
     TOKENS,
     TYPES,
@@ -34,7 +35,7 @@ from .seam import (
     bound,
     cache_of,
     check_stock,
-    is_counted,
+    is_counted_for,
     read_by_stock,
     replaced,
     stock_positions,
@@ -157,7 +158,7 @@ class RBLMixin(LoadingMixin):
             ValueError: if images and placeholders do not match.
         """
         self.family.check_call(call)
-        if past.memory is not None and call.pixels:
+        if past.memory is not None and (call.pixels or call.prompt.shape[1] - seen > 1):  # one token goes on answering
             self.refuse_another_question(pruning)
         call = call.copy()
         encoded = [m for m in call.pixels if hasattr(self.base_model, f"get_{m}_features")]
@@ -179,10 +180,9 @@ class RBLMixin(LoadingMixin):
             if masks.get(key):
                 gone = ~torch.cat([on_device(mask, dropped) for mask in masks[key]])
                 dropped = dropped.masked_scatter(slots[modality], gone)
-        settings = self.active_pruning(pruning)
-        marked = self.family.row_marks and settings is not None and settings.newlines != "all"
-        if settings is not None and marked:
-            dropped = dropped | self._dropped_row_marks(slots, dropped, features, settings.newlines)
+        marked = any(output.get(NEWLINES, "all") != "all" for output in features.values())
+        if marked:
+            dropped = dropped | self._dropped_row_marks(slots, dropped, features)
         plan, prompt_mask = None, torch.ones_like(dropped)
         own_positions = call.position_ids is not None and call.position_ids.ndim == 3
         if past.memory is not None or any(lost) or own_positions or marked:
@@ -193,7 +193,8 @@ class RBLMixin(LoadingMixin):
                 features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)
             prompt_mask = plan.kept
-        counted = {m: MASKS[m] in output and m in slots for m, output in features.items()}
+        length = call.prompt.shape[1]
+        counted = {m: length if MASKS[m] in output and m in slots else None for m, output in features.items()}
         call.features = {m: read_by_stock(output, counted[m]) for m, output in features.items() if len(output[TOKENS])}
         return Prepared(call, past, plan, masks, prompt_mask)
 
@@ -209,13 +210,18 @@ class RBLMixin(LoadingMixin):
         token = torch.full((), token_id, dtype=torch.long, device=call.prompt.device)
         return (call.prompt == self.get_input_embeddings()(token)).all(-1)
 
-    def prompt_texts(self, modality: str, call: Call) -> list[tuple[int, torch.Tensor]]:
-        """Per prompt how many placeholders of a modality it has, and the language model's embeddings `(m, d)` of its
-        text: what rules that read the question are given. Of a prompt to train on, the text that has no label.
+    def prompt_texts(self, modality: str, call: Call, seen: int = 0) -> list[tuple[int, int, torch.Tensor]]:
+        """Per prompt how many placeholders of a modality it has, how many of them beyond a cache, and the language
+        model's embeddings `(m, d)` of its text there: what rules that read the question are given. Of a prompt to train
+        on, the text that has no label.
 
         Args:
             modality (`str`): `"image"` or `"video"`.
             call ([`Call`]): with ids or embeddings.
+            seen (`int`): leading columns of the prompt that a cache holds; the question is what follows.
+
+        Raises:
+            ValueError: if labels cover all the text of a prompt with images: it has no question.
         """
         slots = {m: self.placeholders(m, call) for m in MODALITIES if hasattr(self.config, f"{m}_token_id")}
         length = call.prompt.shape[1]
@@ -224,12 +230,18 @@ class RBLMixin(LoadingMixin):
             text = text & call.attention_mask[:, -length:].bool().to(text.device)
         if "labels" in call.along:
             text = text & (call.along["labels"][:, -length:] == ALONG["labels"]).to(text.device)
+        text[:, :seen] = False
         texts = []
         with torch.no_grad():
             for prompt, own, places in zip(call.prompt, slots[modality], text):
                 words = prompt[places]
                 embeddings = words if words.is_floating_point() else self.get_input_embeddings()(words)
-                texts.append((int(own.sum()), embeddings))
+                if "labels" in call.along and not len(embeddings) and bool(own.any()):
+                    raise ValueError(
+                        "A score that reads the question finds none: labels cover all the text of a prompt with "
+                        f"images. Give its question the label {ALONG['labels']:.0f}, or choose another score."
+                    )
+                texts.append((int(own.sum()), int(own[seen:].sum()), embeddings))
         return texts
 
     def reads_question(self, pruning: PruningConfig | dict | None) -> bool:
@@ -268,18 +280,20 @@ class RBLMixin(LoadingMixin):
             arguments = {**call.arguments_of_encoder(self._encoder(modality), modality), "return_dict": True}
             apart = self.family.apart
             runs = None if apart is None else reading.runs(modality, apart)
-            texts = self.prompt_texts(modality, call) if self.reads_question(pruning) else None
+            texts = self.prompt_texts(modality, call, reading.seen) if self.reads_question(pruning) else None
             features[modality] = self.base_model.features(modality, arguments, pruning, runs, texts)
         call.drop_visual([self._encoder(modality) for modality in has_encoder])
         return features
 
     def _dropped_row_marks(
-        self, slots: dict[str, torch.Tensor], dropped: torch.Tensor, features: dict[str, Any], newlines: str
+        self, slots: dict[str, torch.Tensor], dropped: torch.Tensor, features: dict[str, Any]
     ) -> torch.Tensor:
-        """`(batch, L)` bool: row ends written as text that leave with their rows, by `newlines` of the settings."""
+        """`(batch, L)` bool: row ends written as text that leave with their rows, by the `newlines` of the settings
+        that the features were pruned under."""
         marks = torch.zeros_like(dropped)
         for modality, key in MASKS.items():
-            if masks := features.get(modality, {}).get(key):
+            newlines = features.get(modality, {}).get(NEWLINES, "all")
+            if newlines != "all" and (masks := features[modality].get(key)):
                 placed = slots[modality]
                 numbers = torch.cat([torch.full((len(mask),), number) for number, mask in enumerate(masks)])
                 images = torch.zeros_like(placed, dtype=torch.long).masked_scatter(placed, on_device(numbers, placed))
@@ -306,7 +320,7 @@ class RBLMixin(LoadingMixin):
     def _run(self, call: Call, **settings: Any) -> Any:
         """Stock `forward`. Features that were counted are put in their places here: stock would ask the device whether
         they fit, and wait. Where it reads them for more than their places, it gets them as they are."""
-        counted = all(is_counted(output) for output in call.features.values())
+        counted = all(is_counted_for(call.prompt.shape[1], output) for output in call.features.values())
         features = {}
         for modality, output in call.features.items():
             if not isinstance(output[TOKENS], torch.Tensor):  # apart, as `generate` needs them to repeat rows

@@ -152,10 +152,15 @@ class PruningConfig:
                 f"score={score!r} was registered where these settings were saved and is not here: import {module}, "
                 f"or call register_scorer({score!r}, …) with its function {name}, before loading."
             )
+        if origin is not None and origin != registered_at(score):
+            raise ValueError(
+                f"score={score!r} was {origin} where these settings were saved, and is {registered_at(score)} here: "
+                "another rule under its name. Register that one."
+            )
         if unknown := sorted(set(settings) - {field.name for field in fields(cls)}):
             raise ValueError(
                 f"Unknown pruning setting(s) {', '.join(unknown)}: a typo, or saved by a newer version of "
-                "transformers_rbl."
+                "transformers_rbl: upgrade it."
             )
         return cls(**settings)
 

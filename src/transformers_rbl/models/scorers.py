@@ -172,12 +172,16 @@ def register_scorer(name: str, function: Scorer) -> None:
 
     Args:
         name (`str`): what it is called in settings; letters, digits and underscores.
-        function (`Callable`): a scorer. Its argument names are its needs, see [`SCORERS`]; it returns `(L,)` float,
-            higher is more redundant, or, annotated so, a [`Choice`]. Settings that are saved with it record where it
-            was defined, and refuse to load until that module is imported (and registers it).
+        function (`Callable`): a scorer, defined in a module by a name of its own (no lambda, nothing within a
+            function). Its argument names are its needs, see [`SCORERS`]: those that are known there are supplied, with
+            a default or without. It returns `(L,)` float, higher is more redundant, or, annotated so, a [`Choice`].
+            Settings that are saved with it record where it was defined, and refuse to load until that module is
+            imported (and registers it).
 
     Raises:
-        ValueError: for a name that is taken, or is no name; for an argument that nothing supplies.
+        ValueError: for a name that is taken, or is no name; for a function that has none by which it could be found
+            again; for an argument that nothing supplies; for a rule of several images that asks for `frame`, or returns
+            a `Choice`.
         TypeError: if `function` is not callable.
     """
     if not isinstance(name, str) or not name.isidentifier():
@@ -186,11 +190,21 @@ def register_scorer(name: str, function: Scorer) -> None:
         raise TypeError(f"A scorer is a function; {name!r} is a {type(function).__name__}.")
     if name in BUILT_IN:
         raise ValueError(f"{name!r} is a rule of this library: register yours under another name.")
+    if "<" in _origin(function):
+        raise ValueError(
+            f"The scorer {name!r} is {_origin(function)}, which saved settings could not tell from another: define it "
+            "by a name of its own, outside of functions."
+        )
     if name in SCORERS and _origin(SCORERS[name]) != _origin(function):  # a module that is loaded again may do so
         raise ValueError(f"{name!r} is registered already, as {_origin(SCORERS[name])}: choose another name.")
     if unknown := sorted(_needs(function) - set(NEEDS)):
         raise ValueError(
             f"The scorer {name!r} asks for {', '.join(unknown)}; what a scorer can be given is {', '.join(NEEDS)}."
+        )
+    if getattr(function, "over_images", False) and ("frame" in _needs(function) or _chooses(function)):
+        raise ValueError(
+            f"The scorer {name!r} takes several images at once: it has no frame of its own, and returns scores "
+            "(images, L). Leave @over_images away."
         )
     SCORERS[name] = function
 
@@ -202,12 +216,12 @@ def registered_at(score: str) -> str | None:
 
 def scorer_arguments(score: str) -> set[str]:
     """Names of what a scorer needs, by its signature."""
-    return _needs(SCORERS[score])
+    return _needs(_scorer(score))
 
 
 def chooses(score: str) -> bool:
     """Whether a scorer returns a [`Choice`], by its annotation, and so takes no threshold."""
-    return inspect.signature(SCORERS[score]).return_annotation in (Choice, "Choice")
+    return _chooses(_scorer(score))
 
 
 def score_tokens(score: str, **inputs: Any) -> torch.Tensor | Choice:
@@ -223,12 +237,10 @@ def score_tokens(score: str, **inputs: Any) -> torch.Tensor | Choice:
     Raises:
         ValueError: if the scorer does not exist, or needs something that is absent.
     """
-    if score not in SCORERS:
-        raise ValueError(f"score must be one of {', '.join(SCORERS)}; got {score!r}.")
-    if not getattr(SCORERS[score], "over_images", False):
+    if not getattr(_scorer(score), "over_images", False):
         return _call(score, inputs)
     several = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return _call(score, several)[0]
+    return _apart(score, _call(score, several), 1)[0]
 
 
 def score_images(score: str, images: list[dict[str, Any]]) -> list[torch.Tensor | Choice]:
@@ -238,10 +250,28 @@ def score_images(score: str, images: list[dict[str, Any]]) -> list[torch.Tensor 
         score (`str`): a key of [`SCORERS`].
         images (`list[dict]`): for each what [`score_tokens`] takes.
     """
-    if len(images) == 1 or not getattr(SCORERS[score], "over_images", False):
+    if len(images) == 1 or not getattr(_scorer(score), "over_images", False):
         return [score_tokens(score, **inputs) for inputs in images]
     together = {name: _together([inputs.get(name) for inputs in images]) for name in images[0]}
-    return list(_call(score, together))
+    return _apart(score, _call(score, together), len(images))
+
+
+def _apart(score: str, scores: Any, images: int) -> list[torch.Tensor]:
+    """The scores of each of several images."""
+    if not isinstance(scores, torch.Tensor) or scores.ndim == 0 or len(scores) != images:
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"score={score!r} takes several images at once and returns scores (images, L); got {got}.")
+    return list(scores)
+
+
+def _scorer(score: str) -> Scorer:
+    """The function of a rule; settings that were pickled may come without it."""
+    if score not in SCORERS:
+        raise ValueError(
+            f"score must be one of {', '.join(SCORERS)}; got {score!r}. A rule of your own is registered in every "
+            "process, by register_scorer."
+        )
+    return SCORERS[score]
 
 
 def _together(values: list[Any]) -> Any:
@@ -261,18 +291,25 @@ def _call(score: str, inputs: dict[str, Any]) -> Any:
     tensors = [value for value in (*needed.values(), *inputs.values()) if isinstance(value, torch.Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     with torch.no_grad(), torch.autocast(device, enabled=False):  # autocast would turn products to half precision
-        return SCORERS[score](
-            **{k: v.detach().float() if isinstance(v, torch.Tensor) else v for k, v in needed.items()}
-        )
+        given = {k: v.detach().float() if isinstance(v, torch.Tensor) else v for k, v in needed.items()}
+        if score not in BUILT_IN:  # a rule of the user's may write on them
+            given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        return SCORERS[score](**given)
 
 
 def _needs(function: Scorer) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    return {
+        parameter.name for parameter in parameters if parameter.default is parameter.empty or parameter.name in NEEDS
+    }
+
+
+def _chooses(function: Scorer) -> bool:
+    return inspect.signature(function).return_annotation in (Choice, "Choice")
 
 
 def _origin(function: Scorer) -> str:
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    name = getattr(function, "__qualname__", f"<a {type(function).__qualname__}>")
     return f"{getattr(function, '__module__', type(function).__module__)}:{name}"
 
 

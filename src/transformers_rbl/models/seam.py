@@ -23,6 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from .pruning import PruningConfig
+
 
 try:  # how stock records hidden states, by hooks that it installs once a module
     from transformers.utils.output_capturing import maybe_install_capturing_hooks as install_capture
@@ -41,6 +43,8 @@ MODALITIES = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # What outputs and encoded features of pruned models say besides: which visual tokens stayed.
 MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
+# In a family whose rows end with a mark in text: what the settings that features were pruned under say of row ends.
+NEWLINES = "newlines"
 # Parts of encoded features: the tokens, and further views of the same tokens, which lose what the tokens lose; what a
 # stock forward reads besides; and what none reads.
 TOKENS, VIEWS = "pooler_output", ("deepstack_features",)
@@ -75,8 +79,8 @@ class Role(Enum):
     REFUSED = "describes the unpruned prompt, and cannot be followed"
 
 
-# Arguments of our `from_pretrained`, and of `PruningConfig`: no stock method has one of these names.
-SETTINGS = ("codebook", "keep_ratio", "threshold", "score", "min_tokens", "newlines", "tiles", "per_frame")
+# Arguments of `PruningConfig` and of our `from_pretrained`: no stock method has one of these names.
+SETTINGS = (*(setting.name for setting in fields(PruningConfig)), "codebook")
 
 # What runs along the prompt, and what stands at padding.
 TYPES = "mm_token_type_ids"
@@ -246,6 +250,15 @@ def bound(stock: Callable, model: Any, args: tuple, kwargs: dict[str, Any]) -> d
     return arguments
 
 
+def check_settings(arguments: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a setting of pruning outside `pruning=`, which stock would not read."""
+    if misplaced := [name for name in SETTINGS if name in arguments]:
+        if "codebook" in misplaced:
+            raise ValueError("A codebook is not of one call: give it to from_pretrained, or call set_codebook.")
+        given = ", ".join(f"{name}=…" for name in misplaced)
+        raise ValueError(f"Settings of one call go into pruning=PruningConfig({given}).")
+
+
 @dataclass
 class Call:
     """The arguments of one call of `forward` or `generate`, by role.
@@ -284,12 +297,7 @@ class Call:
             ValueError: for one thing under two names, and for a setting of pruning outside `pruning=`, which stock
                 would not read.
         """
-        if misplaced := [name for name in SETTINGS if name in arguments]:
-            given = ", ".join(f"{name}=…" for name in misplaced)
-            raise ValueError(
-                f"Settings of one call go into pruning=PruningConfig({given}); {', '.join(misplaced)} by itself is an "
-                "argument of from_pretrained."
-            )
+        check_settings(arguments)
         call = cls()
         single = {
             Role.IDS: "input_ids",
@@ -423,17 +431,17 @@ def without(output: Any, name: str) -> Any:
     return replaced(rest, **{part: value for part, value in parts.items() if part not in names})
 
 
-def read_by_stock(features: Any, counted: bool = False) -> Any:
+def read_by_stock(features: Any, counted: int | None = None) -> Any:
     """Encoded features with those parts alone that a stock forward reads, our masks left out.
 
     Args:
         features (`ModelOutput`): of `get_image_features` or `get_video_features`.
-        counted (`bool`): whether they were found to fit the prompt that they go with, see [`is_counted`].
+        counted (`int`, *optional*): length of the prompt that they were found to fit, see [`is_counted_for`].
 
     Raises:
         ValueError: for a part of which it is not known whether it goes with the tokens.
     """
-    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values())
+    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values(), NEWLINES)
     if unknown := [name for name in features if name not in known]:
         raise ValueError(
             f"The visual features of {installed()} come with {', '.join(unknown)}, and this version of transformers_rbl"
@@ -442,14 +450,15 @@ def read_by_stock(features: Any, counted: bool = False) -> Any:
     needed = {part.name: None for part in fields(features) if part.default is MISSING}  # timm's output has one
     parts = {name: features[name] for name in (TOKENS, *VIEWS, *ASIDE) if name in features}
     read = type(features)(**needed | parts)
-    read.counted = counted and all(features.get(name) is None for name in (*VIEWS, *ASIDE))
+    read.counted = counted if all(features.get(name) is None for name in (*VIEWS, *ASIDE)) else None
     return read
 
 
-def is_counted(features: Any) -> bool:
-    """Whether these are visual tokens and nothing else, and as many as their prompt has places: it is noted on the
-    object, which `generate` hands from the encoder to `forward`, and lost on every copy."""
-    return getattr(features, "counted", False)
+def is_counted_for(length: int, features: Any) -> bool:
+    """Whether these are visual tokens and nothing else, and as many as their prompt of this length has places: it is
+    noted on the object, which `generate` hands from the encoder to `forward`, and lost on every copy. A prompt that has
+    grown since may have got one more placeholder."""
+    return getattr(features, "counted", None) == length
 
 
 def with_features(outputs: Any, features: dict[str, Any]) -> Any:
