@@ -71,7 +71,7 @@ def ask(random: np.random.Generator, scene: Scene) -> tuple[list[Asked], list[As
         "exist": [existence(random, names)],
         "count": [counts(names)],
         "place": [
-            [(f"Where is the {name}?", side) for name, y, x in scene.things if (side := clear_side(y, x))],
+            [(f"Where is the {name}?", side) for name, _, x in scene.things if (side := clear_side(x))],
             on_sides(scene),
         ],
         "which": [
@@ -117,14 +117,11 @@ def counts(names: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def clear_side(y: float, x: float) -> str | None:
-    """Left, right, top or bottom, if one of them is clear."""
-    down, right = y - SIDE / 2, x - SIDE / 2
-    if max(abs(down), abs(right)) < 20 or abs(abs(down) - abs(right)) < 14:
+def clear_side(x: float) -> str | None:
+    """Left or right, if it is clear."""
+    if abs(x - SIDE / 2) < 14:
         return None
-    if abs(right) > abs(down):
-        return "right" if right > 0 else "left"
-    return "bottom" if down > 0 else "top"
+    return "right" if x > SIDE / 2 else "left"
 
 
 def on_sides(scene: Scene) -> list[tuple[str, str]]:

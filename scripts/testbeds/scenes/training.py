@@ -33,6 +33,7 @@ STAGES = {
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
         Stage("whole", steps=3000, lr=1.2e-3, batch=16),
         Stage("answers", steps=680, lr=1.2e-3, batch=4),
+        Stage("again", steps=150, lr=8e-4, batch=4),
     )
 }
 PROJECTOR_RATE = 0.25  # of the stage's rate
@@ -46,9 +47,9 @@ class ScenesTrainer:
         family (`str`): llava.
         seed (`int`): of the answers' data and of LoRA's start.
         folder (`Path`): where logs and states go, `tower.safetensors`, and the trained parts (see [`parts`]).
-        stages (`Sequence[Stage]`): close, whole and answers.
+        stages (`Sequence[Stage]`): close, whole, answers and again, which begins with a high rate once more.
         line_break (`bool`): see [`projector.Targets`].
-        stop (`int`, *optional*): the step of the last stage to stop at.
+        stop (`int`, *optional*): the step of the stage `answers` to stop at; then `again` is left out.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class ScenesTrainer:
         save_file(tower.state_dict(), path)
 
     def train_answers(self, tower: Tower, language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-        stage = self.stages["answers"]
         tower.eval().requires_grad_(False)
         projector = closed_form(tower, Targets(language, tokenizer, self.line_break))
         model = stock_llava(tower.clip, projector, language, tokenizer).to(torch.bfloat16).requires_grad_(False)
@@ -95,17 +95,22 @@ class ScenesTrainer:
         lora = add_lora(model.model.language_model)
         learnt = torch.nn.ModuleDict({"projector": projector, "lora": torch.nn.ParameterDict(by_position(lora))})
 
-        def loss(step: int) -> dict[str, torch.Tensor | float]:
-            batch = [lesson(self.seed, step * stage.batch + number) for number in range(stage.batch)]
+        def loss(first: int, batch: int, step: int) -> dict[str, torch.Tensor | float]:
+            lessons = [lesson(self.seed, first + step * batch + number) for number in range(batch)]
             with torch.no_grad():
-                seen = tower(pixels_of([example.scene.image for example in batch]))
+                seen = tower(pixels_of([example.scene.image for example in lessons]))
             tokens = projector(seen.features).to(model.dtype)
-            value, right, _ = answer(model, tokenizer, [[Visual(image)] for image in tokens], batch)
+            value, right, _ = answer(model, tokenizer, [[Visual(image)] for image in tokens], lessons)
             return {"loss": value, **{kind: hits.float().mean() for kind, hits in right.items()}}
 
         projector.requires_grad_(True)
-        groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
-        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
+        first = 0
+        for name in ("answers", "again") if self.stop is None else ("answers",):
+            stage = self.stages[name]
+            groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
+            drawn = partial(loss, first, stage.batch)
+            run_steps(name, groups, drawn, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
+            first += stage.steps * stage.batch
         save_parts(self.folder, tower, projector, lora)
 
 
