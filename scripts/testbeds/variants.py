@@ -53,13 +53,18 @@ SHARES = {"half of the prototypes": 2, "a quarter of the prototypes": 4}  # what
 WEIGHTS = (0.25, 0.5, 1.0)  # of a negative codebook
 
 
-def choices_of(probes: list[Probe], recipe: Recipe) -> dict[str, tuple[Callable[[float], Choose], dict[str, Any]]]:
-    """By name a codebook's rule, given a retention, and what is to be said of it: `prototypes`, `bound` or `error`."""
+def choices_of(
+    probes: list[Probe], recipe: Recipe, others: dict[str, list[Probe]]
+) -> dict[str, tuple[Callable[[float], Choose], dict[str, Any]]]:
+    """By name a codebook's rule, given a retention, and what is to be said of it: `prototypes`, `bound` or `error`;
+    `others` are tokens that were probed otherwise, by name."""
     found: dict[str, tuple[Callable[[float], Choose], dict[str, Any]]] = {}
     base = RedundancyCodebook(prototypes(probes, select_prototypes(probes, recipe)))
-    for name, changed in {BASE: {}, **SELECTIONS}.items():
+    builds = {name: (probes, changed) for name, changed in {BASE: {}, **SELECTIONS}.items()}
+    builds |= {name: (probed, {}) for name, probed in others.items()}
+    for name, (probed, changed) in builds.items():
         try:
-            tokens = prototypes(probes, select_prototypes(probes, replace(recipe, **changed)))
+            tokens = prototypes(probed, select_prototypes(probed, replace(recipe, **changed)))
         except EmptyCodebookError as error:
             found[name] = (_nothing, {"prototypes": 0, "error": str(error)})
             continue
@@ -103,11 +108,13 @@ def _nothing(ratio: float) -> Choose:
 
 
 @torch.no_grad()
-def compare(case: Case, records: Path, scenes: Scenes, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
-    """Of a case, `rows` by variant: `about` and, at each retention, right answers by scene."""
+def compare(case: Case, folders: Sequence[Path], scenes: Scenes, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
+    """Of a case, `rows` by variant: `about` and, at each retention, right answers by scene. The first of the folders
+    holds the records of the recipe as it is, the others are named by what was different when they were probed."""
     asked, rows = Asked(case, scenes), {}
-    probes = read_records(Records(records))[0]
-    for name, (rule, about) in choices_of(probes, recipe).items():
+    first, *rest = (Records(folder) for folder in folders)
+    others = {_difference(first, records): read_records(records)[0] for records in rest}
+    for name, (rule, about) in choices_of(read_records(first)[0], recipe, others).items():
         rows[name] = {**about, "right": {}}
         for ratio in RETENTIONS if about.get("prototypes", 1) else ():
 
@@ -118,6 +125,12 @@ def compare(case: Case, records: Path, scenes: Scenes, ledger: Ledger, recipe: R
             rows[name]["right"][str(ratio)] = ledger.get((case.name, asked.digest, "variant", name, ratio), answers)
     questions = ledger.get((case.name, asked.digest, "questions"), lambda: len(asked.examples[0].questions))
     return {"name": case.name, "questions": questions, "rows": rows}
+
+
+def _difference(first: Records, other: Records) -> str:
+    settings = other.run["recipe"]
+    changed = [f"{name} {value}" for name, value in settings.items() if value != first.run["recipe"][name]]
+    return f"probed with {', '.join(changed) or 'the same recipe'}"
 
 
 def shares(case: dict[str, Any], name: str) -> np.ndarray:
@@ -155,8 +168,8 @@ def page(content: dict[str, Any]) -> str:
         f"{about['machine']}, {about['date']}. Written by that command. A variant becomes the default of new codebooks "
         "if it is better beyond its interval, over all retentions, on two checkpoints, and again on test scenes.",
         verdict,
-        "What a left-out token becomes (pad, mean, nothing) takes probing anew; it made no difference on LLaVA-NeXT "
-        "([table](testbed.md#what-each-step-of-a-build-is-worth)).",
+        "What a left-out token becomes (the pad token, nothing, or the image's mean, as in the recipe) takes probing "
+        "anew; of LLaVA-NeXT the [testbeds' page](testbed.md#what-each-step-of-a-build-is-worth) has it.",
     ]
     for case in cases:
         rows = []
@@ -178,7 +191,9 @@ def page(content: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Argument(help="JSON to write; its page lies beside it.")],
-    case: Annotated[list[str], typer.Option(help="CHECKPOINT=RECORDS, of `rbl build`. Repeat.")],
+    case: Annotated[
+        list[str], typer.Option(help="CHECKPOINT=RECORDS, of `rbl build`; a checkpoint's second ones are a variant.")
+    ],
     recipe: Annotated[str, typer.Option(help="What is changed: a preset or a file.")] = "digits",
     count: Annotated[int, typer.Option(min=2, help="Scenes of each, of four questions.")] = 100,
     split: Annotated[str, typer.Option(help="validation, or test to confirm what won.")] = "validation",
@@ -187,14 +202,16 @@ def main(
 ) -> None:
     """Codebooks that were selected otherwise, compressed or set against informative tokens."""
     torch.set_num_threads(1)
-    given = {Path(name).resolve(): Path(records) for name, records in (entry.split("=", 1) for entry in case)}
+    given: dict[Path, list[Path]] = {}
+    for name, records in (entry.split("=", 1) for entry in case):
+        given.setdefault(Path(name).resolve(), []).append(Path(records))
     ledger, scenes, base = Ledger(work), Scenes(count, split, seed), Recipe.load(recipe)
     found = {
         each.checkpoint.resolve(): each for each in reversed(list(committed_cases()))
     }  # of several kinds, the first
     if unknown := sorted(str(path) for path in given.keys() - found.keys()):
         raise typer.BadParameter(f"No committed checkpoint: {', '.join(unknown)}.")
-    cases = [compare(found[path], records, scenes, ledger, base) for path, records in given.items()]
+    cases = [compare(found[path], folders, scenes, ledger, base) for path, folders in given.items()]
     about = {
         "command": " ".join(
             ["python scripts/testbeds compare-codebooks", str(out), *(f"--case {each}" for each in case)]
