@@ -329,7 +329,7 @@ class RBLMixin(LoadingMixin):
         call = replace(call, features=features)
         if not features or not counted or CHUNKS in self.family.refuses:
             return self.stock.forward(self, **call.arguments(), **settings)
-        embeds = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
+        embeds: Any = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
         for modality, output in features.items():
             tokens = output[TOKENS]
             tokens = tokens.flatten(0, -2) if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))

@@ -54,5 +54,5 @@ def rule_for(layout: VisualLayout, encoded: VisualLayout, pruning: PruningConfig
     """The settings under which the tokens that were encoded keep as many as all tokens would have kept."""
     if pruning.keep_ratio is None:
         return pruning
-    count = pruning.count_of(layout.numbers_scored)
+    count = pruning.count_of(layout.numbers_scored) or 0
     return replace(pruning, keep_ratio=min(1.0, count / encoded.numbers_scored))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .layout import on_device
@@ -13,7 +15,7 @@ class PromptReading:
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch, cached + new)`, *optional*).
-        shape (`tuple[int, int]`): `(batch, L)` of the prompt, whole or what is new of it.
+        shape (`Sequence[int]`): `(batch, L)` of the prompt, whole or what is new of it.
         slots (`dict[str, torch.BoolTensor]`): by modality `(batch, L)`, where the prompt waits for visual tokens.
         start (`int`): original positions that a cache stands for.
         seen (`int`): leading columns of the prompt that are among those.
@@ -31,7 +33,7 @@ class PromptReading:
     def __init__(
         self,
         attention_mask: torch.Tensor | None,
-        shape: tuple[int, int],
+        shape: Sequence[int],
         slots: dict[str, torch.Tensor] | None = None,
         start: int = 0,
         seen: int = 0,

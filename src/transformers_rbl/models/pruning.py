@@ -145,7 +145,7 @@ class PruningConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"Pruning settings must be a PruningConfig or a dict, got {type(settings).__name__}.")
         settings = dict(settings)
-        origin, score = settings.pop(ORIGIN, None), settings.get("score")
+        origin, score = settings.pop(ORIGIN, None), str(settings.get("score"))
         if origin is not None and score not in SCORERS:
             module, _, name = str(origin).partition(":")
             raise ValueError(

@@ -256,7 +256,7 @@ def score_images(score: str, images: list[dict[str, Any]]) -> list[torch.Tensor 
     return _apart(score, _call(score, together), len(images))
 
 
-def _apart(score: str, scores: Any, images: int) -> list[torch.Tensor]:
+def _apart(score: str, scores: Any, images: int) -> list[torch.Tensor | Choice]:
     """The scores of each of several images."""
     if not isinstance(scores, torch.Tensor) or scores.ndim == 0 or len(scores) != images:
         got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__

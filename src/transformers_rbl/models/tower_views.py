@@ -125,7 +125,7 @@ def distinct(images: torch.Tensor) -> tuple[list[int], list[int]]:
 
 def encoder_path(model: Any) -> str | None:
     """Where the encoder of a tower of a known class is; None where its calls must not be touched."""
-    tower = getattr(model, "vision_tower", None)
+    tower: Any = getattr(model, "vision_tower", None)
     paths = ENCODERS.get(f"{type(tower).__module__}.{type(tower).__qualname__}", ())
     if not paths or "forward" in vars(tower) or install_capture is None or torch.compiler.is_compiling():
         return None
