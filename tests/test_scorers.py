@@ -255,6 +255,8 @@ def test_a_rule_of_the_users_prunes_a_model_that_is_saved_with_it(given, registe
     assert json.loads((tmp_path / "config.json").read_text())["pruning"]["score_from"] == "test_scorers:longest_first"
     again = family.rbl_class.from_pretrained(tmp_path).eval()
     assert again.pruning == settings and torch.equal(again(**one).logits, output.logits)
+    with pytest.raises(ValueError, match=r"score='longest' is yours \(test_scorers:longest_first\)"):
+        model.save_pretrained(tmp_path / "code", with_code=True)
     del SCORERS["longest"]
     with pytest.raises(ValueError, match=r"import test_scorers, or call register_scorer\('longest', …\)") as error:
         family.rbl_class.from_pretrained(tmp_path)

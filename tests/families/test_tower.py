@@ -10,6 +10,7 @@ import torch
 
 from transformers_rbl.models.family import Family
 from transformers_rbl.models.llava_family import LlavaFamily
+from transformers_rbl.models.tower import received_attention
 from transformers_rbl.models.tower_views import distinct, up_to_layer
 
 
@@ -191,3 +192,11 @@ def test_in_training_every_image_is_encoded(kits):
     model = kit.load().train()
     twice = kit.inputs(kit.one, kit.one)
     assert rows_encoded(model, lambda: model(**twice)) == 2
+
+
+@pytest.mark.parametrize("from_cls", [True, False])
+def test_attention_is_float32_under_autocast(from_cls):
+    queries, keys = torch.randn(2, 2, 9, 3, 8, generator=torch.Generator().manual_seed(0))
+    expected = received_attention(queries, keys, from_cls)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(received_attention(queries, keys, from_cls), expected)

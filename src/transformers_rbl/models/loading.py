@@ -24,6 +24,7 @@ from .codebook import RedundancyCodebook, library
 from .family import Family
 from .names import check_folder
 from .pruning import PruningConfig
+from .scorers import registered_at
 
 
 logger = logging.get_logger(__name__)
@@ -229,8 +230,12 @@ class LoadingMixin(Mixed):
             with_code (`bool`, defaults to `False`): write this library's inference files too, so that a machine without
                 it loads the model with `trust_remote_code=True`.
             kwargs: everything that transformers' `save_pretrained` takes.
+
+        Raises:
+            ValueError: with `with_code`, for settings whose score is a registered one: the code has no such rule.
         """
         if with_code:
+            self._refuse_rules_left_behind()
             self.config.auto_map = auto_map(self.full)
         elif not self.is_remote_code() and getattr(self.config, "auto_map", None):
             del self.config.auto_map  # of the checkpoint it was loaded from; this one has no code
@@ -239,6 +244,14 @@ class LoadingMixin(Mixed):
             copy_code(self.full, save_directory)
         if kwargs.get("is_main_process", True) and not kwargs.get("push_to_hub", False):  # the Hub may have a card
             self._write_card(Path(save_directory), with_code)
+
+    def _refuse_rules_left_behind(self) -> None:
+        settings = self.pruning
+        if settings is not None and (origin := registered_at(settings.score)) is not None:
+            raise ValueError(
+                f"with_code=True writes this library's files, and score={settings.score!r} is yours ({origin}): where "
+                "they alone are, nothing could register it. Save without code, or with another score in pruning."
+            )
 
     def _write_card(self, folder: Path, with_code: bool) -> None:
         """Whoever finds the folder learns from it which import its Auto classes need."""

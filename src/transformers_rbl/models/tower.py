@@ -67,9 +67,10 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, from_cls: bool
     """
     asking = queries[:, :1] if from_cls else queries
     received = []
-    for query, key in zip(asking, keys):  # one image at a time: without [cls] this is heads x T x T
-        logits = query.transpose(0, 1) @ key.permute(1, 2, 0) * query.shape[-1] ** -0.5
-        received.append(logits.softmax(dim=-1).mean(dim=(0, 1)))
+    with torch.autocast(queries.device.type, enabled=False):  # it would turn the product to half precision
+        for query, key in zip(asking, keys):  # one image at a time: without [cls] this is heads x T x T
+            logits = query.transpose(0, 1) @ key.permute(1, 2, 0) * query.shape[-1] ** -0.5
+            received.append(logits.softmax(dim=-1).mean(dim=(0, 1)))
     return torch.stack(received)
 
 
