@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from transformers_rbl import RedundancyCodebook
 from transformers_rbl.building.compressing import compress
+from transformers_rbl.cli import app
 from transformers_rbl.models.scorers import max_cosine
 
 
@@ -63,3 +65,21 @@ def test_what_stays_keeps_what_is_known_of_it(book):
 def test_what_is_not_understood_is_refused(book, wanted, words):
     with pytest.raises(ValueError, match=words):
         compress(book, **wanted)
+
+
+def test_the_command_writes_a_codebook_and_says_what_it_costs(book, tmp_path):
+    book.save_pretrained(tmp_path / "book")
+
+    def run(*words):
+        return CliRunner().invoke(app, ["compress", str(tmp_path / "book"), str(tmp_path / "small"), *map(str, words)])
+
+    for words, sentence in ((("--count", 50), "from 1 to the codebook's 42"), ((), "Give exactly one of")):
+        refused = run(*words)
+        assert refused.exit_code == 2 and sentence in refused.output + refused.stderr
+    result, wanted = run("--count", 6), compress(book, count=6)
+    assert result.exit_code == 0, result.output
+    assert "6 of 42" in result.output and f"{wanted.bound:.4f}" in result.output
+    written = RedundancyCodebook.from_pretrained(tmp_path / "small")
+    assert torch.equal(written.prototypes, wanted.codebook.prototypes)
+    assert run("--count", 5).exit_code == 2, "what is there stays"
+    assert run("--count", 5, "--overwrite").exit_code == 0

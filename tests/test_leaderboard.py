@@ -15,8 +15,9 @@ from testbeds.leaderboard.ledger import Ledger
 from testbeds.leaderboard.page import distance, page, stratified_interval
 from testbeds.leaderboard.resizing import encode_resized
 from testbeds.leaderboard.standing import Standing, mean_places
-from testbeds.rules import keep_all
-from transformers_rbl.models.pruning import kept_token_count
+from testbeds.rules import keep_all, library_rule
+from testbeds.tokens import encode
+from transformers_rbl.models.pruning import PruningConfig, kept_token_count
 
 
 CASES = {case.name: case for case in committed_cases() if case.testbed.name == "digits"}
@@ -92,6 +93,30 @@ def test_a_run_that_was_killed_goes_on_and_its_rows_are_those_of_one_run(tmp_pat
         row = rows[("cosine", merge, 0.3)]
         assert row["kept"] == pytest.approx(0.3, abs=0.01) and sum(row["shows"].values()) == pytest.approx(1, abs=1e-3)
         assert rows[(ORACLE, "none", 0.3)]["found"] >= row["found"] > rows[("random", merge, 0.3)]["found"]
+
+
+@pytest.mark.parametrize("name", ["digits-llava-next", "digits-llava-onevision, video", "digits-qwen3-vl"])
+@pytest.mark.parametrize("settings", [{"merge": "nearest"}, {"score": "codebook_dpp"}, {"score": "tome"}])
+def test_the_harness_prunes_and_merges_as_the_model_does(name, settings):
+    """Tokens, those of deepstack, and where each lies."""
+    asked, rule = Asked(CASES[name], SCENES), PruningConfig(keep_ratio=0.2, **settings)
+    for item in asked.encoded:
+        (kept,) = library_rule(rule, asked.model.model.codebook)([item])
+        theirs = encode(asked.model, [item.example], pruning=rule)[0]
+        for ours, image in zip(kept.images, theirs, strict=True):
+            torch.testing.assert_close(ours.tokens, image.tokens, atol=1e-4, rtol=1e-4)
+            for view, other in zip(ours.views, image.views, strict=True):
+                torch.testing.assert_close(view, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rule_that_reads_the_question_is_given_the_models_own_prompt():
+    case = CASES["digits-llava-1.5"]
+    asked, rule = Asked(case, Scenes(2, "validation", 7)), PruningConfig(keep_ratio=0.2, score="cdpruner")
+    first = asked.one_by_one[0]  # the first scene's first question, as in `two_prompts`
+    (kept,) = library_rule(rule, None)([first])
+    with torch.no_grad():
+        outputs = asked.model(**asked.prompt, pruning=rule)
+    assert torch.equal(kept.mask, outputs.keep_masks[0])
 
 
 def standing(name, **rights):

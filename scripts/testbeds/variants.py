@@ -54,15 +54,17 @@ WEIGHTS = (0.25, 0.5, 1.0)  # of a negative codebook
 
 
 def choices_of(
-    probes: list[Probe], recipe: Recipe, others: dict[str, list[Probe]]
+    probes: list[Probe], recipe: Recipe, others: dict[str, list[Probe]], only: Sequence[str] | None
 ) -> dict[str, tuple[Callable[[float], Choose], dict[str, Any]]]:
     """By name a codebook's rule, given a retention, and what is to be said of it: `prototypes`, `bound` or `error`;
-    `others` are tokens that were probed otherwise, by name."""
+    `others` are tokens that were probed otherwise, by name. With `only`, those of these names beside the recipe."""
     found: dict[str, tuple[Callable[[float], Choose], dict[str, Any]]] = {}
     base = RedundancyCodebook(prototypes(probes, select_prototypes(probes, recipe)))
     builds = {name: (probes, changed) for name, changed in {BASE: {}, **SELECTIONS}.items()}
     builds |= {name: (probed, {}) for name, probed in others.items()}
     for name, (probed, changed) in builds.items():
+        if only and name not in (BASE, *only):
+            continue
         try:
             tokens = prototypes(probed, select_prototypes(probed, replace(recipe, **changed)))
         except EmptyCodebookError as error:
@@ -78,7 +80,7 @@ def choices_of(
         rule = functools.partial(_against, base, informative, weight)
         found[f"minus {weight} times likeness to informative tokens"] = (rule, {"prototypes": len(base.prototypes)})
     found[ORACLE] = (functools.partial(scored_rule, oracle), {})
-    return found
+    return {name: each for name, each in found.items() if not only or name in (BASE, ORACLE, *only)}
 
 
 def informative_tokens(probes: list[Probe], recipe: Recipe, count: int) -> torch.Tensor:
@@ -108,13 +110,15 @@ def _nothing(ratio: float) -> Choose:
 
 
 @torch.no_grad()
-def compare(case: Case, folders: Sequence[Path], scenes: Scenes, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
+def compare(
+    case: Case, folders: Sequence[Path], scenes: Scenes, ledger: Ledger, recipe: Recipe, only: Sequence[str] | None
+) -> dict[str, Any]:
     """Of a case, `rows` by variant: `about` and, at each retention, right answers by scene. The first of the folders
     holds the records of the recipe as it is, the others are named by what was different when they were probed."""
     asked, rows = Asked(case, scenes), {}
     first, *rest = (Records(folder) for folder in folders)
     others = {_difference(first, records): read_records(records)[0] for records in rest}
-    for name, (rule, about) in choices_of(read_records(first)[0], recipe, others).items():
+    for name, (rule, about) in choices_of(read_records(first)[0], recipe, others, only).items():
         rows[name] = {**about, "right": {}}
         for ratio in RETENTIONS if about.get("prototypes", 1) else ():
 
@@ -151,27 +155,41 @@ def verdicts(cases: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return won
 
 
-def page(content: dict[str, Any]) -> str:
-    """Markdown of the comparison."""
-    about, cases = content["about"], content["cases"]
-    winners = [name for name, where in verdicts(cases).items() if len(where) >= 2]
-    if winners:
-        verdict = f"Better on two checkpoints or more, beyond the interval: **{', '.join(winners)}**."
-    else:
-        verdict = "**Nothing is better than the recipe as it is, beyond its interval, on two checkpoints**: it stays."
+def page(contents: Sequence[dict[str, Any]]) -> str:
+    """Markdown of a comparison on validation scenes, and of one on test scenes of what won there, if it was made."""
     parts = [
         "# Recipe, second look: what a builder could do better",
         "Codebooks of one set of probe records a checkpoint, selected otherwise, compressed, or set against "
-        f"informative tokens, on {about['scenes']} **{about['split']}** scenes each. Differences to the recipe "
-        f"`{about['recipe']}` as it is, in points of accuracy, paired over scenes, with 95% intervals; score `cosine`.",
-        f"```bash\n{about['command']}\n```",
-        f"{about['machine']}, {about['date']}. Written by that command. A variant becomes the default of new codebooks "
-        "if it is better beyond its interval, over all retentions, on two checkpoints, and again on test scenes.",
-        verdict,
+        "informative tokens. Differences to the recipe as it is, in points of accuracy, paired over scenes, with 95% "
+        "intervals; score `cosine`. A variant becomes the default of new codebooks if it is better beyond its "
+        "interval, over all retentions, on two checkpoints, and again on test scenes.",
         "What a left-out token becomes (the pad token, nothing, or the image's mean, as in the recipe) takes probing "
         "anew; of LLaVA-NeXT the [testbeds' page](testbed.md#what-each-step-of-a-build-is-worth) has it.",
     ]
-    for case in cases:
+    won = [[name for name, where in verdicts(each["cases"]).items() if len(where) >= 2] for each in contents]
+    if len(contents) == 2:
+        both = [name for name in won[0] if name in won[1]]
+        parts.append(f"**{', '.join(both)}: again on test scenes.**" if both else "**No change held on test scenes.**")
+    for content, winners in zip(contents, won):
+        about = content["about"]
+        verdict = f"Better on two checkpoints or more, beyond the interval: **{', '.join(winners)}**."
+        if not winners:
+            verdict = "**Nothing is better than the recipe as it is, beyond its interval, on two checkpoints.**"
+        parts += [
+            f"## On {about['split']} scenes",
+            f"{about['scenes']} scenes of each checkpoint, seed {about['seed']}, recipe `{about['recipe']}`; "
+            f"{about['machine']}, {about['date']}. Written by this command:",
+            f"```bash\n{about['command']}\n```",
+            verdict,
+            *tables(content),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(content: dict[str, Any]) -> list[str]:
+    """A table a checkpoint."""
+    parts: list[str] = []
+    for case in content["cases"]:
         rows = []
         base = shares(case, BASE)
         for name, row in case["rows"].items():
@@ -185,12 +203,12 @@ def page(content: dict[str, Any]) -> str:
                 cells = [f"{100 * part.mean():.1f}%" for part in [*base, base.mean(0)]]
             rows.append([name, size, *cells])
         columns = ["codebook", "prototypes", *(f"{ratio:.0%}" for ratio in RETENTIONS), "all"]
-        parts += [f"## {case['name']}", table(columns, rows)]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"### {case['name']}", table(columns, rows)]
+    return parts
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="JSON to write; its page lies beside it.")],
+    out: Annotated[Path, typer.Argument(help="JSON to write, NAME.json or NAME-test.json; both go into NAME.md.")],
     case: Annotated[
         list[str], typer.Option(help="CHECKPOINT=RECORDS, of `rbl build`; a checkpoint's second ones are a variant.")
     ],
@@ -198,6 +216,7 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Scenes of each, of four questions.")] = 100,
     split: Annotated[str, typer.Option(help="validation, or test to confirm what won.")] = "validation",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 100,
+    only: Annotated[list[str] | None, typer.Option(help="Variants, by name; default all. Repeat.")] = None,
     work: Annotated[Path, typer.Option(help="What is known so far.")] = Path("outputs/variants.jsonl"),
 ) -> None:
     """Codebooks that were selected otherwise, compressed or set against informative tokens."""
@@ -211,11 +230,13 @@ def main(
     }  # of several kinds, the first
     if unknown := sorted(str(path) for path in given.keys() - found.keys()):
         raise typer.BadParameter(f"No committed checkpoint: {', '.join(unknown)}.")
-    cases = [compare(found[path], folders, scenes, ledger, base) for path, folders in given.items()]
+    cases = [compare(found[path], folders, scenes, ledger, base, only) for path, folders in given.items()]
+    asked = {"--recipe": (recipe, "digits"), "--count": (count, 100), "--split": (split, "validation")}
+    asked |= {"--seed": (seed, 100)}
+    options = "".join(f" --case {each}" for each in case) + "".join(f" --only {name!r}" for name in only or ())
+    options += "".join(f" {name} {value}" for name, (value, default) in asked.items() if value != default)
     about = {
-        "command": " ".join(
-            ["python scripts/testbeds compare-codebooks", str(out), *(f"--case {each}" for each in case)]
-        ),
+        "command": f"python scripts/testbeds compare-codebooks {out}{options}",
         "machine": f"{os.cpu_count()} cores, CPU, one thread",
         "date": str(datetime.date.today()),
         "recipe": recipe,
@@ -226,5 +247,8 @@ def main(
     content = {"about": about, "cases": cases}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content) + "\n")
-    out.with_suffix(".md").write_text(page(content))
-    print(out.with_suffix(".md"))
+    stem = out.stem.removesuffix("-test")
+    known = [path for path in (out.with_stem(stem), out.with_stem(f"{stem}-test")) if path.is_file()]
+    written = out.with_name(f"{stem}.md")
+    written.write_text(page([json.loads(path.read_text()) for path in known]))
+    print(written)

@@ -151,16 +151,16 @@ def pruning_of(rule: str, merge: str, ratio: float) -> PruningConfig:
 
 
 def runs_of(
-    scores: Sequence[str], retentions: Sequence[float], merged_at: Sequence[float] = RETENTIONS
+    scores: Sequence[str], retentions: Sequence[float], merged_at: Sequence[float] | None = None
 ) -> Iterator[tuple[str, str, float]]:
-    """`(rule, merge, retention)` of every run, references and resizing among them; merging at `merged_at` only."""
+    """`(rule, merge, retention)` of every run, references and resizing among them; merging at `merged_at` or at all."""
     yield UNPRUNED, PLAIN, 1.0
     yield NO_IMAGE, PLAIN, 0.0
     for ratio in retentions:
         yield ORACLE, PLAIN, ratio
         yield RESIZED, PLAIN, ratio
         for score in scores:
-            for merge in MERGE_POLICIES if ratio in merged_at else (PLAIN,):
+            for merge in MERGE_POLICIES if merged_at is None or ratio in merged_at else (PLAIN,):
                 yield score, merge, ratio
 
 
@@ -170,7 +170,7 @@ def answer_all(
     ledger: Ledger,
     scores: Sequence[str] = tuple(SCORERS),
     retentions: Sequence[float] = RETENTIONS,
-    merged_at: Sequence[float] = RETENTIONS,
+    merged_at: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """`about` of a case, and the `rows` of its runs: [`Asked.run`] with `rule`, `merge` and `wanted`. What the ledger
     lacks is answered now."""

@@ -56,7 +56,7 @@ def main(
     if not cases:
         raise typer.BadParameter("No such checkpoint is committed in codebooks/.")
     ledger, scenes = Ledger(work), Scenes(count, split, seed)
-    answered = [answer_all(case, scenes, ledger, scores, ratios, merged_at or ratios) for case in cases]
+    answered = [answer_all(case, scenes, ledger, scores, ratios, merged_at) for case in cases]
     needs = needs_of_rules(scores, cases, ledger)
     times = selection_times(scores, rounds, ledger) if rounds else {}
     options = "".join(f" --only {name}" for name in only or ())

@@ -135,7 +135,9 @@ def merging(standings: Sequence[Standing]) -> list[str]:
     return [
         "## What merging adds",
         "Accuracy with what is dropped merged into what is kept, minus that of the rule alone, in points; mean over "
-        "checkpoints, with a 95% interval over scenes within each.",
+        "checkpoints, with a 95% interval over scenes within each. A rule that merges by itself (visionzip, prumerge, "
+        "tome) merges to the nearest instead. A dropped token is averaged into whichever kept token is nearest: where "
+        "few stay, and all of them show what is asked about, the backdrop is averaged into just those.",
         table(["rule", *(f"{ratio:.0%}" for ratio in ratios)], rows),
     ]
 

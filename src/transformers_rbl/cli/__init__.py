@@ -1,4 +1,4 @@
-"""`rbl`, the command line: build, fetch, inspect and convert codebooks; evaluate and calibrate pruned models."""
+"""`rbl`: build, fetch, inspect, compress and convert codebooks; evaluate and calibrate pruned models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 # A command is a file beside this one: a function under `@app.command()` and `@one_sentence`. To add one, write the file
 # and name it here. Commands import torch, transformers and the library inside their function, so that help comes fast.
-from . import build, calibrate, convert, demo, evaluate, fetch, inspect, publish, verify  # noqa: F401
+from . import build, calibrate, compress, convert, demo, evaluate, fetch, inspect, publish, verify  # noqa: F401
 from .shared import app
 
 
