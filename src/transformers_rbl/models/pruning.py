@@ -152,10 +152,10 @@ class PruningConfig:
                 f"score={score!r} was registered where these settings were saved and is not here: import {module}, "
                 f"or call register_scorer({score!r}, …) with its function {name}, before loading."
             )
-        if origin is not None and origin != registered_at(score):
+        if origin is not None and origin != (here := registered_at(str(score))):
             raise ValueError(
-                f"score={score!r} was {origin} where these settings were saved, and is {registered_at(score)} here: "
-                "another rule under its name. Register that one."
+                f"score={score!r} was {origin} where these settings were saved, and is {here} here: another rule "
+                "under its name. Register that one."
             )
         if unknown := sorted(set(settings) - {field.name for field in fields(cls)}):
             raise ValueError(
