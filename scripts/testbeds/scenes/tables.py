@@ -22,16 +22,21 @@ Bits = np.ndarray  # `(scenes, questions)`, 1 for a right answer
 
 
 class Results:
-    """One file of `scenes-compare`."""
+    """One file of `scenes-compare`, without a kind of question if one is named."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, without: str | None = None):
         content = json.loads(path.read_text())
         self.about, self.rows = content["about"], {(row["rule"], row["wanted"]): row for row in content["results"]}
         self.retentions = sorted({wanted for name, wanted in self.rows if name == "oracle"}, reverse=True)
         self.names = list(dict.fromkeys(name for name, wanted in self.rows if wanted in self.retentions))
 
+        every = self.about["questions"]
+        self.columns = [place for place, kind in enumerate(every) if kind != without]
+        self.about = {**self.about, "questions": [every[place] for place in self.columns]}
+
     def bits(self, name: str, wanted: float) -> Bits:
-        return np.array([[int(bit) for bit in row] for row in self.rows[name, wanted]["right"]])
+        rows = np.array([[int(bit) for bit in row] for row in self.rows[name, wanted]["right"]])
+        return rows[:, self.columns]
 
     def scenes(self, name: str, wanted: float) -> np.ndarray:
         """`(scenes,)`: the share of each scene's questions that were answered right."""
@@ -118,9 +123,10 @@ def main(
     results: Annotated[Path, typer.Argument(help="A file of scenes-compare.")],
     picture: Annotated[Path | None, typer.Option("--plot", help="Picture to write.")] = None,
     title: Annotated[str, typer.Option()] = "Scenes, SmolLM2-135M",
+    without: Annotated[str | None, typer.Option(help="A kind of question to leave out of the tables.")] = None,
 ) -> None:
     """Print the Markdown tables of docs/results/scenes.md, and draw accuracy against retention."""
-    read_results = Results(results)
+    read_results = Results(results, without)
     codebooks = [name for name in read_results.names if name.startswith("codebook: ")]
     parts = [[summary(read_results)], shares(read_results)]
     if codebooks:
