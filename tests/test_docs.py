@@ -46,6 +46,7 @@ HUB = {
     "llava-hf/llama3-llava-next-8b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
     "org/rbl-codebook-llava-next-8b": "book",
+    "./llava-1.5-7b-book": "book",
 }
 FAMILY_OF = {"docs/guide/video.md": "llava_onevision"}  # of `model` on a page; LLaVA-NeXT elsewhere
 LANGUAGES = {"", "python", "bash", "json", "text", "yaml"}
@@ -221,6 +222,7 @@ def world(families, folders, tmp_path, monkeypatch):
     random = np.random.RandomState(0)
     for name in ("my-codebook", "book"):
         shutil.copytree(folders["book"], name)
+    Path("codebooks").symlink_to(ROOT / "codebooks")  # as from a clone
     Path("photos").mkdir()
     for number in range(12):
         Image.fromarray(random.randint(0, 255, (40, 48, 3), dtype=np.uint8)).save(f"photos/{number:02}.png")

@@ -73,7 +73,7 @@ def test_without_the_downloads_of_the_scenes_the_digits_are_read(monkeypatch, ca
         (["--model", "@saved", "--image", "@missing.png"], "missing.png"),
         (["--model", "@saved", "--image", "@broken.png"], "cannot identify image file"),
         (["--model", "@nowhere"], "nowhere"),
-        (["--model", "@saved", "--codebook", "@saved"], "codebook.json is missing"),
+        (["--model", "@saved", "--codebook", "@saved"], "is a model, and its codebook is inside it"),
     ],
 )
 def test_wrong_arguments_give_one_sentence(files, arguments, words):

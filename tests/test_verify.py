@@ -311,7 +311,7 @@ def test_a_tokenizer_without_padding_takes_no_batches(next_family):
         (["nowhere/at/all"], "nowhere/at/all"),
         (["{model}", "--keep-ratio", "1.5"], "keep_ratio"),
         (["{model}", "--image", "{model}/config.json"], "no image"),
-        (["{model}", "--codebook", "{model}"], "codebook.json is missing"),
+        (["{model}", "--codebook", "{model}"], "is a model without a codebook: build one with"),
         (["{model}", "--codebook", "{wide}"], "width 5"),
         (["{model}", "--dtype", "int4"], "--dtype"),
     ],

@@ -171,7 +171,7 @@ def build_codebook(
         EmptyCodebookError: if no token meets every condition.
         OSError: if records are missing that the probing wrote, or a file cannot be written.
     """
-    if probed is not None and probed.skipped and probed.new + probed.known == 0:
+    if probed is not None and len(probed.skipped) >= records.run["images"]["count"] > 0:
         name, reason = probed.skipped[0]
         raise ValueError(
             f"None of {len(probed.skipped)} images could be read (the first, {name}: {reason}): mend them, or give "
