@@ -36,6 +36,7 @@ from transformers_rbl.wording import describe_pruning
 OFF = PruningConfig(enabled=False)
 DIGITS = Path(__file__).resolve().parents[1] / "codebooks" / "digits-llava-next"
 PROMPT = "What is shown in this image?"
+SCENES_SCORED, DIGITS_SCORED = 60, 240  # questions: a language model of 135M takes a second or two for each
 BASELINES = ("random", "cls_attention")  # at the codebook's retention, where the model can
 
 
@@ -83,12 +84,12 @@ def digits(count: int) -> Show:
     return Show(DIGITS, about, [asked[0][0], asked[1][0]], [row for rows in asked for row in rows][:count])
 
 
-def default_show(count: int, console: Console) -> Show:
+def default_show(count: int | None, console: Console) -> Show:
     try:
-        return scenes(count)
+        return scenes(count or SCENES_SCORED)
     except (RuntimeError, OSError) as error:
         console.print(f"[yellow]{first_line(error)}[/yellow] Digits are read in its place.")
-        return digits(count)
+        return digits(count or DIGITS_SCORED)
 
 
 def sample_photos() -> list[Image.Image]:
@@ -206,7 +207,9 @@ def main(
     threshold: Annotated[float | None, typer.Option(help="Keep tokens whose largest cosine is below this.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each, interleaved.")] = 7,
-    scored: Annotated[int, typer.Option(min=6, help="Test questions of the default model to count.")] = 60,
+    scored: Annotated[
+        int | None, typer.Option(min=6, help="Test questions of the default model to count; default 60, of digits 240.")
+    ] = None,
     digits_testbed: Annotated[bool, typer.Option("--digits", help="The model that needs no download.")] = False,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/quickstart.png"),
 ) -> None:
@@ -216,7 +219,7 @@ def main(
         if model is None:
             if codebook is not None:
                 raise ValueError("--codebook belongs to a model: give --model too.")
-            show = digits(scored) if digits_testbed else default_show(scored, console)
+            show = digits(scored or DIGITS_SCORED) if digits_testbed else default_show(scored, console)
         else:
             show = Show(model, f"{model}, asked about photos", [], [])
         if image or model is not None:
