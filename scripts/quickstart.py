@@ -163,7 +163,7 @@ def run(
     console.print(table)
     if shown:
         out.parent.mkdir(parents=True, exist_ok=True)
-        plot_kept(shown, masks, layouts, out)
+        plot_kept(shown, masks, layouts, out, ["synthetic image"] * len(shown) if show.scored else None)
         console.print(f"What was kept: [bold]{out}[/bold]")
     if show.scored:
         console.print(accuracy(show, model, processor, inputs, max_new_tokens))

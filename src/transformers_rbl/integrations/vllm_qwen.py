@@ -129,7 +129,8 @@ class GridModel(RBLModel):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self.pruning.enabled and is_multimodal is not None and multimodal_embeddings is not None:
+        given = 0 if multimodal_embeddings is None else len(multimodal_embeddings)
+        if self.pruning.enabled and given and is_multimodal is not None:
             parts = [detach(tokens) for tokens in multimodal_embeddings]
             places, where = torch.cat([places for _, places in parts]), is_multimodal.to(self.offsets.device)
             for axis in (0, 1):
