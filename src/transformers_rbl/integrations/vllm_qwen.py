@@ -129,9 +129,9 @@ class GridModel(RBLModel):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        given = 0 if multimodal_embeddings is None else len(multimodal_embeddings)
-        if self.pruning.enabled and given and is_multimodal is not None:
-            parts = [detach(tokens) for tokens in multimodal_embeddings]
+        given: Any = () if multimodal_embeddings is None or is_multimodal is None else multimodal_embeddings
+        if self.pruning.enabled and len(given) and is_multimodal is not None:
+            parts = [detach(tokens) for tokens in given]
             places, where = torch.cat([places for _, places in parts]), is_multimodal.to(self.offsets.device)
             for axis in (0, 1):
                 self.offsets[1 + axis, : len(where)].masked_scatter_(where, places[:, axis])
