@@ -174,13 +174,23 @@ def test_greedy_ids_are_those_of_transformers(served):
         assert served.encoded[2] >= 4, "at another ratio, the image of the first was taken"
 
 
+def equal_but_for_ties(answer: dict, wanted: list[int]) -> bool:
+    """Whether an answer is the wanted one up to where its two next tokens are equally likely, to 1e-3."""
+    step = next((step for step, (a, b) in enumerate(zip(answer["ids"], wanted)) if a != b), None)
+    if step is None:
+        return answer["ids"] == wanted
+    likely = answer["logprobs"][step]
+    return abs(likely[str(answer["ids"][step])] - likely.get(str(wanted[step]), float("inf"))) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
 def test_merged_tokens_are_those_of_transformers(all_served, name):
     """Row ends and deepstack features beside them."""
     served, rule = all_served(name), {"keep_ratio": 0.2, "merge": "nearest"}
     batch = served.batch()
-    found = served.run([batch], engine={"hf_overrides": {"pruning": rule}})[0]
-    assert [answer["ids"] for answer in found] == [served.expected(request, **rule) for request in batch]
+    found = served.run([batch], engine={"hf_overrides": {"pruning": rule}}, logprobs=5)[0]
+    for request, answer in zip(batch, found, strict=True):
+        assert equal_but_for_ties(answer, served.expected(request, **rule))
     assert any(answer["ids"] != served.expected(request, 0.2) for request, answer in zip(batch, found))
 
 
