@@ -108,19 +108,21 @@ def test_generate_and_forward_equal_the_oracle(kit: Kit, per_frame: bool):
 
 
 def test_an_image_and_a_video_in_one_prompt(kit: Kit):
-    """In either order; where stock cannot tell their placeholders apart, ours raises too."""
+    """In either order, also where stock's own check cannot tell their placeholders apart (GLM-4V: token types do)."""
     movie = kit.case.movies()[1]
     for prompt in ([*kit.one, movie, words(3, 7)], [words(2), movie, *kit.one]):
         if isinstance(outcome(lambda prompt=prompt: kit.answers(kit.stock, prompt)), Exception):
-            with pytest.raises(ValueError):
-                kit.answers(kit.model, prompt)
-            continue
+            if not kit.model.family.video_as_image:
+                with pytest.raises(ValueError):
+                    kit.answers(kit.model, prompt)
+                continue
         assert same(kit.answers(kit.model, prompt), [expected_of(kit, prompt)])
 
 
 def test_a_batch_of_an_image_a_video_and_text_equals_single(kit: Kit):
     prompts = [kit.one, film(kit), kit.text]
-    if isinstance(outcome(lambda: kit.answers(kit.stock, *prompts)), Exception):
+    refused = isinstance(outcome(lambda: kit.answers(kit.stock, *prompts)), Exception)
+    if refused and not kit.model.family.video_as_image:
         with pytest.raises(ValueError):
             kit.answers(kit.model, *prompts)
         prompts = [film(kit), kit.text]
