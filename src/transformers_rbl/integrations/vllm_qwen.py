@@ -167,7 +167,11 @@ class Qwen2_5_VLRBLInfo(GridInfo, Qwen2_5_VLProcessingInfo):
 
 
 class Qwen3VLRBLInfo(GridInfo, Qwen3VLProcessingInfo):
-    pass
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Pruned videos, whose frames stand between timestamps, were seen to be answered otherwise than by
+        transformers: they are refused until that is understood."""
+        limits = dict(super().get_supported_mm_limits())
+        return {"image": limits["image"]} if self.pruning.enabled else limits
 
 
 class Qwen2_5_VLRBLProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
