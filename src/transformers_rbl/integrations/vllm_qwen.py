@@ -170,8 +170,8 @@ class Qwen3VLRBLInfo(GridInfo, Qwen3VLProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Pruned videos, whose frames stand between timestamps, were seen to be answered otherwise than by
         transformers: they are refused until that is understood."""
-        limits = dict(super().get_supported_mm_limits())
-        return {"image": limits["image"]} if self.pruning.enabled else limits
+        limits = super().get_supported_mm_limits()
+        return {**limits, "video": 0} if self.pruning.enabled else limits
 
 
 class Qwen2_5_VLRBLProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
