@@ -26,7 +26,7 @@ leaderboard: $(INSTALLED)
 	$(BIN)/python scripts/testbeds leaderboard $(ARGS)
 
 demo: $(INSTALLED)
-	$(BIN)/rbl demo $$($(BIN)/python scripts/testbeds scenes 2>/dev/null | sed "s/^/--model /") $(ARGS)
+	model=$$($(BIN)/python scripts/testbeds scenes 2>/dev/null); $(BIN)/rbl demo $${model:+--model "$$model"} $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
