@@ -26,7 +26,8 @@ leaderboard: $(INSTALLED)
 	$(BIN)/python scripts/testbeds leaderboard $(ARGS)
 
 demo: $(INSTALLED)
-	model=$$($(BIN)/python scripts/testbeds scenes 2>/dev/null); $(BIN)/rbl demo $${model:+--model "$$model"} $(ARGS)
+	scenes=$$($(BIN)/python scripts/testbeds scenes 2>/dev/null); \
+	$(BIN)/rbl demo $${scenes:+--model "$$scenes"} $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
