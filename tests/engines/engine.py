@@ -56,7 +56,7 @@ def mutate(name: str) -> None:
         return tokens[mask], mask
 
     def count(layout, pruning):
-        return right["count"](layout, pruning) - (3 if name == "another ratio in the processor" else 0)
+        return right["count"](layout, pruning) - (name == "another ratio in the processor")
 
     vllm_models.kept_of_image, vllm_models.VisualLayout.kept_count = kept, count
     if name == "positions without rows and columns":

@@ -428,7 +428,7 @@ def test_the_committed_testbed_answers_as_in_transformers(tmp_path):
     job.write_text(json.dumps({"model": str(folder), "rounds": [requests], "max_tokens": 5}))
     env = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     subprocess.run([sys.executable, ENGINE, job, out], env=env, check=True, capture_output=True, timeout=400)
-    found = [answer["ids"] for answer in json.loads(out.read_text())[0]]
+    found = [answer["ids"] for answer in json.loads(out.read_text())["rounds"][0]]
     assert found == wanted
     share = np.mean([ids[: len(answer)] == answer for ids, answer in zip(found, right, strict=True)])
     assert share > 0.6
