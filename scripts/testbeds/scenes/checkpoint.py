@@ -129,5 +129,5 @@ def command(
         else:
             write_checkpoint(out, parts, not stock)
             print(out)
-    except RuntimeError as error:
+    except (RuntimeError, FileExistsError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -37,10 +37,10 @@ class VisualLayout:
     kinds: torch.Tensor
     frames: int = 1
     grid: tuple[int, int] | None = None
-    numbers: tuple[int, ...] = None  # type: ignore[assignment]
+    numbers: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.numbers is None:
+        if not self.numbers:
             object.__setattr__(self, "numbers", tuple(self.kinds.bincount(minlength=4).tolist()))
 
     def __len__(self) -> int:

@@ -47,7 +47,7 @@ def encoded_alone(layout: VisualLayout, shares: torch.Tensor, needed: list[bool]
     """The layout with those tokens ABSENT that come, wholly or in part, from tiles that are not encoded."""
     missing = shares[:, ~torch.tensor(needed)].sum(1) > 0
     kinds = torch.where(missing & (layout.kinds == PATCH), ABSENT, layout.kinds)
-    return replace(layout, kinds=kinds, numbers=None)
+    return replace(layout, kinds=kinds, numbers=())
 
 
 def rule_for(layout: VisualLayout, encoded: VisualLayout, pruning: PruningConfig) -> PruningConfig:
