@@ -60,11 +60,9 @@ def literal_diversity(tokens, book):
     return cost
 
 
-def literal_dpp(tokens, book):
+def dpp_cost(direction, quality):
     """The token with which the determinant of the chosen ones' kernel grows most; those that leave it at zero by
     quality. Their share of the determinant is the squared distance from the span of the chosen ones."""
-    direction = unit(tokens)
-    quality = (1 - (direction @ unit(book.prototypes).T).max(1)) / 2
 
     def cost(i, chosen):
         basis = np.zeros((64, 0))
@@ -76,6 +74,11 @@ def literal_dpp(tokens, book):
         return -(quality[i] ** 2) * (rest @ rest) if rest @ rest > DEPENDENT else 1 - quality[i] ** 2
 
     return cost
+
+
+def literal_dpp(tokens, book):
+    direction = unit(tokens)
+    return dpp_cost(direction, (1 - (direction @ unit(book.prototypes).T).max(1)) / 2)
 
 
 def literal_coverage(tokens, book):

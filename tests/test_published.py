@@ -2,18 +2,17 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 import small_families
 from conftest import GREEDY, TEXTS, make_family, visual
-from test_greedy import KINDS, tokens_of, unit
+from test_greedy import KINDS, dpp_cost, tokens_of, unit
 from transformers_rbl import PruningConfig
 from transformers_rbl.evaluation.evaluate import prompt_inputs
 from transformers_rbl.evaluation.questions import Question
-from transformers_rbl.models.greedy import COVERED, DEPENDENT
+from transformers_rbl.models.greedy import COVERED
 from transformers_rbl.models.layout import NEWLINE
 from transformers_rbl.models.scorers import score_images, score_tokens
 from transformers_rbl.models.seam import Call
@@ -122,17 +121,8 @@ class TestLoops:
         low, high = relevance.min(), relevance.max()
         relevance = (relevance - low + 1e-6) / (high - low + 1e-6)
 
-        def cost(token, chosen):
-            basis = np.zeros((64, 0))
-            for other in chosen:
-                rest = direction[other] - basis @ (basis.T @ direction[other])
-                if rest @ rest > DEPENDENT:
-                    basis = np.column_stack([basis, rest / np.linalg.norm(rest)])
-            rest = direction[token] - basis @ (basis.T @ direction[token])
-            return -(relevance[token] ** 2) * (rest @ rest) if rest @ rest > DEPENDENT else 1 - relevance[token] ** 2
-
         if kind != "all equal":  # there the relevance is rounding error, scaled up
-            replay(score_tokens("cdpruner", count=count, **own), count, cost)
+            replay(score_tokens("cdpruner", count=count, **own), count, dpp_cost(direction, relevance))
 
     def test_tome(self, kind, count):
         own = given(kind)
