@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import quickstart
 from benchmark_prefill import transcription
-from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_retentions
+from transformers_rbl.evaluation.plots import dim_dropped, kept_grids, plot_frames, plot_kept, plot_retentions
 from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, VisualLayout
 from transformers_rbl.models.scorers import max_cosine
 
@@ -52,6 +52,15 @@ def test_the_digits_model_is_scored(files):
     assert result.exit_code == 0, result.output
     assert "12 test questions" in result.output and "random" in result.output and "cosine" in result.output
     assert len(re.findall("[✓✗]", result.output)) == 4 and result.output.count("true") >= 2
+
+
+def test_scenes_are_asked_in_order_and_things_named_in_any(monkeypatch):
+    rows = [{"image": None, "question": f"{n}?", "answer": str(n)} for n in range(12)]
+    monkeypatch.setattr(quickstart, "questions", lambda split, count: rows[: 6 * count])
+    monkeypatch.setattr(quickstart, "assembled", lambda: "folder")
+    show = quickstart.scenes(8)
+    assert [question.text for question in show.shown] == ["0?", "6?"] and len(show.scored) == 8
+    assert show.correct("a cat and a dog.", "a dog and a cat") and not show.correct("a cat", "a dog")
 
 
 def test_without_the_downloads_of_the_scenes_the_digits_are_read(monkeypatch, capsys):
@@ -120,6 +129,17 @@ def test_pictures_of_several_retentions_and_of_frames(tmp_path):
     assert Image.open(tmp_path / "frames.png").size[1] > 400
     with pytest.raises(ValueError, match="3 frames"):
         plot_frames([*photos, photos[0]], [video], ["some"], tmp_path / "no.png")
+
+
+def test_tiles_have_a_picture_of_their_own_where_there_are_some(tmp_path):
+    photo, tiled = Image.new("RGB", (20, 20)), torch.tensor([BASE] * 4 + [*[PATCH] * 4, NEWLINE])
+    plain = torch.full((4,), PATCH)
+    widths = []
+    for kinds in ([plain], [plain, tiled]):
+        masks = [torch.ones(len(kind), dtype=torch.bool) for kind in kinds]
+        plot_kept([photo] * len(kinds), masks, kinds, tmp_path / "kept.png")
+        widths.append(Image.open(tmp_path / "kept.png").width)
+    assert widths[1] == pytest.approx(1.5 * widths[0], rel=0.01)
 
 
 def test_pictures_follow_a_layout_that_is_not_square(tmp_path):
