@@ -38,6 +38,7 @@ def test_the_version_is_the_packages():
             "evaluate --model ./none --data @/q.jsonl --out @/book",
             "./none is no folder with a checkpoint, nor a Hub id",
         ),
+        ("verify @", "has no config.json: it holds no checkpoint"),
         ("evaluate --model @ --data @/q.jsonl --out @/q.jsonl", "q.jsonl is a file: give a folder to write to"),
         ("build --out @/q.jsonl/book --model @ --images @ --recipe digits", "Nothing can be written to"),
         ("convert @/x.json @/book", "x.json is JSON: the codebook is the .pt beside it"),

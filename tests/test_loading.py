@@ -243,6 +243,14 @@ def test_the_class_for_a_checkpoint(family, saved, tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a bert model.*llava, llava_next, .*qwen3_vl, .*allow_untested"):
         rbl_class(tmp_path)
+    for name, words in (
+        ("recipe.yaml", "holds a codebook's recipe, no model"),
+        ("codebook.json", "is a codebook, no model"),
+    ):
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(OSError, match=words):
+            rbl_class(tmp_path)
 
 
 def test_stock_classes_stay_stock(family, stock):

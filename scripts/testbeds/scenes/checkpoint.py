@@ -129,5 +129,7 @@ def command(
         else:
             write_checkpoint(out, parts, not stock)
             print(out)
-    except (RuntimeError, FileExistsError) as error:
+    except FileExistsError as error:
+        raise typer.BadParameter(f"{out} is there already: --out names a new folder.") from error
+    except RuntimeError as error:
         raise typer.BadParameter(str(error)) from error

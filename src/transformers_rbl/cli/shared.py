@@ -128,10 +128,10 @@ def load_stock(model: str, dtype: str, device: str, device_map: str | None) -> t
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..models.names import check_folder
+    from ..models.names import check_checkpoint
 
     check_placement(dtype, device)
-    check_folder(model, "a checkpoint")
+    check_checkpoint(model)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map).eval()
     if device_map is None:
         loaded = loaded.to(device)

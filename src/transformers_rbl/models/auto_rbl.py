@@ -14,7 +14,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from .families import FAMILIES
-from .names import check_folder
+from .names import check_checkpoint
 from .seam import warn_if_untested
 
 
@@ -66,7 +66,8 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
     """
     from transformers import AutoConfig
 
-    check_folder(pretrained_model_name_or_path, "a checkpoint")
+    if not kwargs.get("subfolder"):
+        check_checkpoint(pretrained_model_name_or_path)
     try:
         model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
     except OSError as error:  # without a connection, transformers names no checkpoint

@@ -53,6 +53,26 @@ def check_folder(name: str | os.PathLike, what: str) -> None:
     raise OSError(f"{text} is no folder with {what}, nor a Hub id{hint}.")
 
 
+def check_checkpoint(name: str | os.PathLike) -> None:
+    """Refuse a path where there is no checkpoint, before the Hub is asked for it or transformers reads the folder.
+
+    Args:
+        name (`str` or `os.PathLike`): a folder or a Hub id.
+
+    Raises:
+        OSError: for a path where there is no folder, or one without a model.
+    """
+    check_folder(name, "a checkpoint")
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if (folder / "codebook.json").is_file():
+        raise OSError(f"{folder} is a codebook, no model: give it as the codebook of one.")
+    if (folder / "recipe.yaml").is_file():
+        raise OSError(f"{folder} holds a codebook's recipe, no model: `rbl build --recipe {folder.name} …` uses it.")
+    raise OSError(f"{folder} has no config.json: it holds no checkpoint.")
+
+
 def why_no_codebook(path: str | os.PathLike) -> str:
     """One sentence on a file or folder that is taken for a codebook and is none."""
     folder = Path(path)

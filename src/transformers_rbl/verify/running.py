@@ -61,8 +61,8 @@ def verify_checkpoint(
         **({"score": score} if score != "cosine" else {}),
         **({"merge": merge} if merge != "none" else {}),
     }
-    processor = AutoProcessor.from_pretrained(name)
     pruned_class = rbl_class(name)
+    processor = AutoProcessor.from_pretrained(name)
     try:
         loaded, loading_info = pruned_class.from_pretrained(name, pruning=OFF, dtype=dtype, output_loading_info=True)
     except ValueError as error:  # missing weights: the first contract, and nothing is left to check the others on
