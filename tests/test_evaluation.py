@@ -1,6 +1,8 @@
 """Evaluation and calibration: metrics, one pass over the images for all rules, intervals, thresholds, commands."""
 
+import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -120,6 +122,31 @@ def test_one_pass_gives_what_each_rule_gives_by_itself(family, pruned, questions
     by_threshold = [evaluate(pruned, family.processor, [q], [RULES[2]], ["exact"], 1)[0][1] for q in questions]
     shares = [result.retention for result, q in zip(by_threshold, questions) if len(q.images) == 1]
     assert shares == pytest.approx([mean_retention(values, 0.2) for values in scores])
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_batches_give_what_single_questions_give(family, pruned, questions, size):
+    rules = [*RULES, PruningConfig(keep_ratio=0.3, score="cdpruner")]
+    forwards = []
+    hook = pruned.model.language_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    ask = partial(evaluate, pruned, family.processor, questions, rules, ["exact"], 5)
+    single, said = ask()
+    alone = len(forwards)
+    batched, references = ask(batch_size=size)
+    hook.remove()
+    assert references == said and len(forwards) - alone < alone
+    for one, many in zip(single, batched, strict=True):
+        assert one.answers == many.answers and one.correct == many.correct
+        assert (one.tokens, one.retention, one.cache_mib) == (many.tokens, many.retention, many.cache_mib)
+
+
+def test_batches_that_cannot_be_made(family, pruned, questions):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        evaluate(pruned, family.processor, questions, [], ["exact"], batch_size=0)
+    processor = copy.deepcopy(family.processor)
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no token to pad with"):
+        evaluate(pruned, processor, questions, [], ["exact"], batch_size=2)
 
 
 @pytest.mark.parametrize("rule", [*RULES, PruningConfig(keep_ratio=0.3, score="cls_similarity_low")], ids=str)

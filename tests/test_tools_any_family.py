@@ -64,6 +64,10 @@ def test_answers_are_those_of_generate(family, model, questions):
             shares.append(counts[-1] / whole)
         assert result.tokens == np.mean(counts) and result.retention == pytest.approx(np.mean(shares))
         assert result.prefill_ms > 0 and result.cache_mib > 0
+    for size in (2, 3):
+        batched, _ = evaluate(model, family.processor, questions, rules, ["exact"], max_new_tokens=4, batch_size=size)
+        for one, many in zip(results, batched, strict=True):
+            assert (one.answers, one.tokens, one.retention) == (many.answers, many.tokens, many.retention)
     assert results[1].cache_mib < results[0].cache_mib
 
 

@@ -63,6 +63,7 @@ def evaluate(
     streaming: Streaming = False,
     suffix: Suffix = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered side by side.")] = 1,
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
@@ -117,7 +118,9 @@ def evaluate(
     for rule in rules:
         loaded.check_pruning(rule)  # a rule that needs a codebook ends here where there is none
     progress = tqdm(questions, unit="question", total=count)
-    results, references = ask_under_rules(loaded, processor, progress, rules, metrics, max_new_tokens, suffix)
+    results, references = ask_under_rules(
+        loaded, processor, progress, rules, metrics, max_new_tokens, suffix, batch_size
+    )
     about = {
         "model": model,
         "codebook": codebook or "the checkpoint's",
