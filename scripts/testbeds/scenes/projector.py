@@ -19,7 +19,7 @@ from .tower import WORDS, Tower, patch_places, pixels_of, training_scenes
 
 
 THING = -3.0  # from which logit a patch names a thing: many patches share what makes their sum likely
-PLACE = 0.5  # of a word's length: how far a place moves its embedding
+PLACE = 1.0  # of a word's length: how far a place moves its embedding
 LINE_BREAK, WORD_PART = 0.9, 0.35  # what background is at the start: so much of a line break, so much of its word
 
 

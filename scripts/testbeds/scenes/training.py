@@ -20,22 +20,23 @@ from ..answering import answer
 from ..testbed import Stage
 from ..tokens import Visual
 from .asking import SceneExample, draw_example
+from .checkpoint import PARTS, VISION, load_part
 from .language import ALPHA, BASE_MODEL, LINEAR, RANK, add_lora, load_language_model, load_tokenizer, word_embeddings
 from .model import stock_llava
 from .placing import Scene
 from .projector import Targets, closed_form
 from .running import run_steps
-from .tower import WORDS, Tower, all_sizes, close_ups, pixels_of
+from .tower import WORDS, Tower, all_sizes, close_ups, fit_heads, pixels_of
 
 
 STAGES = {
     "llava": (
         Stage("close", steps=1500, lr=1.5e-3, batch=64),
         Stage("whole", steps=3000, lr=1.2e-3, batch=16),
-        Stage("answers", steps=680, lr=1.2e-3, batch=4),
-        Stage("again", steps=150, lr=8e-4, batch=4),
+        Stage("answers", steps=700, lr=1.2e-3, batch=4),
     )
 }
+TOWER = "tower.safetensors"  # with its heads
 PROJECTOR_RATE = 0.25  # of the stage's rate
 ASKED = 8  # questions of a scene in a step
 
@@ -47,9 +48,9 @@ class ScenesTrainer:
         family (`str`): llava.
         seed (`int`): of the answers' data and of LoRA's start.
         folder (`Path`): where logs and states go, `tower.safetensors`, and the trained parts (see [`parts`]).
-        stages (`Sequence[Stage]`): close, whole, answers and again, which begins with a high rate once more.
+        stages (`Sequence[Stage]`): close, whole and answers.
         line_break (`bool`): see [`projector.Targets`].
-        stop (`int`, *optional*): the step of the stage `answers` to stop at; then `again` is left out.
+        stop (`int`, *optional*): the step of the stage `answers` to stop at.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ScenesTrainer:
         seed: int,
         folder: Path,
         stages: Sequence[Stage],
-        line_break: bool = True,
+        line_break: bool = False,
         stop: int | None = None,
     ):
         self.seed, self.folder, self.line_break, self.stop = seed, folder, line_break, stop
@@ -69,13 +70,13 @@ class ScenesTrainer:
         began = time.process_time()
         tokenizer = load_tokenizer()
         language = load_language_model()
-        tower = Tower(word_embeddings(language, tokenizer, WORDS))
+        tower = new_tower(language, tokenizer)
         self.train_tower(tower)
         self.train_answers(tower, language, tokenizer)
         self.spent = time.process_time() - began
 
     def train_tower(self, tower: Tower) -> None:
-        path = self.folder / "tower.safetensors"
+        path = self.folder / TOWER
         if path.is_file():
             tower.load_state_dict(load_file(path))
             return
@@ -95,8 +96,10 @@ class ScenesTrainer:
         lora = add_lora(model.model.language_model)
         learnt = torch.nn.ModuleDict({"projector": projector, "lora": torch.nn.ParameterDict(by_position(lora))})
 
-        def loss(first: int, batch: int, step: int) -> dict[str, torch.Tensor | float]:
-            lessons = [lesson(self.seed, first + step * batch + number) for number in range(batch)]
+        stage = self.stages["answers"]
+
+        def loss(step: int) -> dict[str, torch.Tensor | float]:
+            lessons = [lesson(self.seed, step * stage.batch + number) for number in range(stage.batch)]
             with torch.no_grad():
                 seen = tower(pixels_of([example.scene.image for example in lessons]))
             tokens = projector(seen.features).to(model.dtype)
@@ -104,14 +107,13 @@ class ScenesTrainer:
             return {"loss": value, **{kind: hits.float().mean() for kind, hits in right.items()}}
 
         projector.requires_grad_(True)
-        first = 0
-        for name in ("answers", "again") if self.stop is None else ("answers",):
-            stage = self.stages[name]
-            groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
-            drawn = partial(loss, first, stage.batch)
-            run_steps(name, groups, drawn, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
-            first += stage.steps * stage.batch
+        groups = {stage.lr: list(lora.values()), PROJECTOR_RATE * stage.lr: list(projector.parameters())}
+        run_steps("answers", groups, loss, stage.steps, self.folder, learnt, warmup=12, stop=self.stop)
         save_parts(self.folder, tower, projector, lora)
+
+
+def new_tower(language: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Tower:
+    return Tower(word_embeddings(language, tokenizer, WORDS))
 
 
 def tower_loss(
@@ -154,11 +156,11 @@ def save_parts(folder: Path, tower: Tower, projector: torch.nn.Module, lora: Map
 
 def answers_again(
     folder: Annotated[Path, typer.Argument(help="Where log, state and the trained parts go.")],
-    tower: Annotated[Path, typer.Option(help="The `tower.safetensors` of an earlier training.")],
+    parts: Annotated[Path, typer.Option(help="Whose tower: an earlier training's, or the committed one.")] = PARTS,
     seed: Annotated[int, typer.Option(min=0, help="Of the answers' data and of LoRA's start.")] = 0,
-    whole_words: Annotated[
+    line_break: Annotated[
         bool,
-        typer.Option("--whole-words", help="Background starts as its word, not as a line break."),
+        typer.Option("--line-break", help="Background starts as a line break and a part of its word."),
     ] = False,
     stop: Annotated[int | None, typer.Option(help="The step to stop at, with the rate as it is there.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -166,7 +168,15 @@ def answers_again(
     """Train projector and LoRA of the scenes model once more, on a tower that is trained already."""
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tower, folder / "tower.safetensors")
-    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], not whole_words, stop)
+    if (parts / TOWER).is_file():
+        shutil.copyfile(parts / TOWER, folder / TOWER)
+    elif not (folder / TOWER).is_file():
+        tower = new_tower(load_language_model(), load_tokenizer()).requires_grad_(False).eval()
+        load_part(
+            tower.clip, {name: value.float() for name, value in load_file(parts / VISION).items()}, "vision_tower."
+        )
+        fit_heads(tower)
+        save_file(tower.state_dict(), folder / TOWER)
+    trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], line_break, stop)
     trainer.run()
     print(f"{folder}: {trainer.spent:.0f} CPU seconds")
