@@ -201,7 +201,8 @@ def batch_inputs(
     ]
     padding: dict[str, Any] = {}
     if len(questions) > 1:
-        if getattr(processor, "tokenizer").pad_token is None:
+        tokenizer = getattr(processor, "tokenizer", None)
+        if getattr(tokenizer, "pad_token", None) is None:
             raise ValueError("The tokenizer has no token to pad with, so questions are asked one by one: batch size 1.")
         padding = {"padding": True, "padding_side": "left"}
     images = [question.images for question in questions]
