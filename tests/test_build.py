@@ -333,7 +333,7 @@ def test_a_streamed_dataset_needs_a_number(photos, tmp_path):
         ({"--set": "max_p1"}, "--set takes NAME=VALUE"),
         ({"--set": "max_p1=-1"}, "max_p1 must be a number of at least 0"),
         ({"--dtype": "int8"}, "--dtype is auto"),
-        ({"--device": "bananas"}, "--device bananas: "),
+        ({"--device": "bananas"}, "--device bananas cannot be had: this machine has cpu"),
         ({"--keep-ratio": 7}, "in (0, 1]"),
         ({"--set": "pad_token_id=9999", "--recipe": None}, "--recipe besides"),
         ({"--set": "pad_token_id=9999"}, "beyond this model's vocabulary"),

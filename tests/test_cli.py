@@ -48,7 +48,10 @@ def test_the_version_is_the_packages():
         ("publish @ org/ö --dry-run", "is no repository's name"),
         ("evaluate --model @ --data @ --out @ --metric exact --metric bleu", "not bleu."),
         ("evaluate --model @ --data @ --out @ --dtype float8", "--dtype is auto, float32, bfloat16 or float16"),
-        ("evaluate --model @ --data @ --out @ --device nowhere", "--device nowhere: "),
+        (
+            "evaluate --model @ --data @ --out @ --device cuda:99",
+            "--device cuda:99 cannot be had: this machine has cpu",
+        ),
         ("evaluate --model @ --data @ --out @ --tiles some", "tiles must be one of all, base"),
         ("calibrate --model @", "Give --images (unlabelled) or --data"),
         ("calibrate --model @ --images @ --data @", "Give --images (unlabelled) or --data"),
@@ -56,7 +59,8 @@ def test_the_version_is_the_packages():
         ("calibrate --model @ --images @ --write", "--write needs --codebook, a folder"),
         ("convert @/missing.pt @/book", "missing.pt"),
         ("publish @ org/name", "has no README.md: a Hub repository opens with its card"),
-        ("demo --model @ --device nowhere", "--device nowhere: "),
+        ("demo --device nowhere", "--device nowhere cannot be had: this machine has cpu"),
+        ("demo --device meta", "--device meta cannot be had: this machine has cpu"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(tmp_path, command, words):

@@ -1,13 +1,16 @@
 """Contract 11: bad input gets a sentence."""
 
 import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from conftest import GREEDY, visual
 from transformers_rbl import LlavaForConditionalGenerationRBL, PruningConfig, RedundancyCodebook, rbl_class
+from transformers_rbl.building.inspection import provenance_of
 from transformers_rbl.models.layout import VisualLayout
 
 
@@ -98,10 +101,46 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch):
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr("huggingface_hub.file_download._get_metadata_or_catch_error", asked)
+    monkeypatch.setattr("transformers_rbl.models.names.get_hf_file_metadata", asked)
     monkeypatch.chdir(Path(__file__).parents[1])
     for load in (rbl_class, RedundancyCodebook.from_pretrained, LlavaForConditionalGenerationRBL.from_pretrained):
         with pytest.raises(OSError, match="nor a Hub id"):
             load(name)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A Hub at an address where nobody listens. Gives the seconds that are slept, which are not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    slept: list[float] = []
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize(
+    "load", [rbl_class, RedundancyCodebook.from_pretrained, LlavaForConditionalGenerationRBL.from_pretrained]
+)
+def test_a_hub_id_without_a_network_is_refused_within_a_second(load, no_network):
+    with pytest.raises(
+        OSError, match=r"^org/missing is no folder here.*127\.0\.0\.1.* cannot be reached \(.+\): check"
+    ):
+        load("org/missing")
+    assert sum(no_network) <= 1
+
+
+def test_what_was_downloaded_before_is_read_without_a_network(no_network, tmp_path):
+    folder, commit = tmp_path / "models--org--book", "0" * 40
+    book = RedundancyCodebook(torch.randn(3, 8))
+    book.save_pretrained(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert torch.equal(RedundancyCodebook.from_pretrained("org/book", cache_dir=tmp_path).prototypes, book.prototypes)
+    assert provenance_of("org/book") is None and sum(no_network) <= 1
 
 
 @pytest.mark.parametrize("setting", [field.name for field in dataclasses.fields(PruningConfig)])

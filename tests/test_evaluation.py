@@ -389,7 +389,10 @@ def test_calibrating_on_labels(family, pruned, files, tmp_path):
         (["evaluate", "--data", "@data.jsonl", "--score", "all", "--score", "random"], "leave the others out"),
         (["evaluate", "--data", "@data.jsonl", "--score", "random", "--threshold", "0.5"], "--threshold is for score"),
         (["evaluate", "--data", "@empty.jsonl", "--score", "all"], "no questions"),
-        (["evaluate", "--data", "@data.jsonl", "--device", "cuda:99"], "--device cuda:99: "),
+        (
+            ["evaluate", "--data", "@data.jsonl", "--device", "cuda:99"],
+            "--device cuda:99 cannot be had: this machine has cpu",
+        ),
         (["evaluate", "--data", "@empty.jsonl"], "no questions"),
         (["evaluate", "--data", "@data.jsonl", "--streaming"], "give --limit"),
         (["calibrate"], "Give --images"),

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageOps
 
 from ..models.codebook import RedundancyCodebook
+from ..models.names import why_no_hub
 from ..wording import describe_pruning
 from .images import ImageSource
 from .provenance import PROVENANCE_NAME, grid_of, read_provenance
@@ -50,6 +51,9 @@ def provenance_of(codebook: str | os.PathLike[str]) -> list[dict[str, str]] | No
     if os.path.isdir(codebook):
         path = Path(codebook, PROVENANCE_NAME)
         return read_provenance(path.read_text(encoding="utf-8")) if path.is_file() else None
+    # Most codebooks have none, and without a network the Hub's client would look for it for half a minute.
+    if not isinstance(try_to_load_from_cache(str(codebook), PROVENANCE_NAME), str) and why_no_hub(str(codebook)):
+        return None
     try:
         path = hf_hub_download(str(codebook), PROVENANCE_NAME)
     except EntryNotFoundError:

@@ -107,10 +107,25 @@ def check_placement(dtype: str, device: str | None) -> None:
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}.")
+    if device is None:
+        return
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # meta's tensors hold nothing
     except (RuntimeError, AssertionError, ImportError) as error:  # no such name, or no such device here
-        raise ValueError(f"--device {device}: {error}") from error
+        here = devices()
+        why = (
+            f" ({str(error).splitlines()[0]})" if {device, f"{device}:0"} & set(here) else ""
+        )  # one that is full, or in use
+        raise ValueError(f"--device {device} cannot be had{why}: this machine has {', '.join(here)}.") from error
+
+
+def devices() -> list[str]:
+    """What a model can be put on here, by torch's names."""
+    import torch
+
+    gpus = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
+    counts = {name: gpu.device_count() for name, gpu in gpus.items()}
+    return ["cpu", *(f"{name}:{number}" for name, count in counts.items() for number in range(count))]
 
 
 def load_stock(model: str, dtype: str, device: str, device_map: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:

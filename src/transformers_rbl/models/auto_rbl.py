@@ -67,7 +67,8 @@ def rbl_class(pretrained_model_name_or_path: str | os.PathLike, *, allow_unteste
     from transformers import AutoConfig
 
     if not kwargs.get("subfolder"):
-        check_checkpoint(pretrained_model_name_or_path)
+        known = {name: kwargs[name] for name in ("cache_dir", "local_files_only") if name in kwargs}
+        check_checkpoint(pretrained_model_name_or_path, **known)
     try:
         model_type = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).model_type
     except OSError as error:  # without a connection, transformers names no checkpoint

@@ -219,7 +219,7 @@ class RedundancyCodebook(nn.Module):
 
         if os.path.isfile(name):
             raise OSError(why_no_codebook(name))
-        check_folder(pretrained_model_name_or_path, "a codebook")
+        check_folder(pretrained_model_name_or_path, "a codebook", cache_dir, local_files_only)
         return cls._read(find(CARD_NAME), find(WEIGHTS_NAME))
 
     @classmethod

@@ -93,7 +93,8 @@ class LoadingMixin(Mixed):
         elif keep_ratio is not None or threshold is not None:
             raise ValueError("Give either pruning=PruningConfig(…) or keep_ratio=/threshold=, not both.")
         if pretrained_model_name_or_path is not None:
-            check_folder(pretrained_model_name_or_path, "a checkpoint")
+            known = {name: kwargs[name] for name in ("cache_dir", "local_files_only") if name in kwargs}
+            check_folder(pretrained_model_name_or_path, "a checkpoint", **known)
         if isinstance(codebook, torch.Tensor):
             codebook = RedundancyCodebook(codebook)
         if codebook is not None and not isinstance(codebook, RedundancyCodebook):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of whichever httpx it uses: connections fail with it
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -17,6 +21,7 @@ from huggingface_hub.errors import (
 
 
 FILES = {".pt", ".pth", ".bin", ".json", ".jsonl", ".safetensors", ".yaml", ".yml", ".csv", ".png", ".jpg", ".txt"}
+UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError")  # httpx's names of what keeps the Hub from being asked
 
 
 def looks_local(name: str) -> bool:
@@ -32,18 +37,30 @@ def looks_local(name: str) -> bool:
     )
 
 
-def check_folder(name: str | os.PathLike, what: str) -> None:
-    """Refuse a path that is not there, before the Hub is asked for it: without a network that takes half a minute.
+def check_folder(
+    name: str | os.PathLike, what: str, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False
+) -> None:
+    """Refuse a path that is not there, and a Hub id that can be had neither from the cache nor from the Hub, before the
+    Hub's client tries for half a minute.
 
     Args:
         name (`str` or `os.PathLike`): a folder or a Hub id.
         what (`str`): what it is to be, for the message, e.g. `"a checkpoint"`.
+        cache_dir (`str` or `os.PathLike`, *optional*): where downloads lie; default the Hub client's.
+        local_files_only (`bool`, defaults to `False`): the Hub is not to be asked.
 
     Raises:
-        OSError: for a path where there is no folder.
+        OSError: for a path where there is no folder, and for a Hub id that nobody can be asked about.
     """
     text = os.fspath(name)
-    if os.path.isdir(text) or not (isinstance(name, os.PathLike) or looks_local(text)):
+    if os.path.isdir(text):
+        return
+    if not (isinstance(name, os.PathLike) or looks_local(text)):
+        if not local_files_only and not in_cache(text, cache_dir) and (reason := why_no_hub(text)) is not None:
+            raise OSError(
+                f"{text} is no folder here, not in the cache, and {constants.ENDPOINT} cannot be reached ({reason}): "
+                "check the spelling or the connection, or give a folder."
+            )
         return
     if os.path.exists(text):
         raise OSError(f"{text} is a file, and {what} is a folder or a Hub id.")
@@ -53,16 +70,46 @@ def check_folder(name: str | os.PathLike, what: str) -> None:
     raise OSError(f"{text} is no folder with {what}, nor a Hub id{hint}.")
 
 
-def check_checkpoint(name: str | os.PathLike) -> None:
-    """Refuse a path where there is no checkpoint, before the Hub is asked for it or transformers reads the folder.
+def in_cache(name: str, cache_dir: str | os.PathLike | None = None) -> bool:
+    """Whether anything of a repository was downloaded before: then the Hub's client answers from that by itself."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def why_no_hub(name: str) -> str | None:
+    """Why the Hub cannot be asked about repository `name`; None if it answers, whatever the answer.
+
+    The Hub's client tries to connect six times, in 23 seconds; this asks once, and again a second later. An answer that
+    is slow or an error is left to the client, which tries again on its own terms.
+    """
+    for pause in (1, 0):
+        try:
+            # Without a token: a refusal is an answer too.
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), token=False, timeout=5)
+            return None
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+            return None
+        except HTTPError as error:
+            if type(error).__name__ not in UNREACHABLE:
+                return None
+            reason = _first_line(error)
+            time.sleep(pause)
+    return reason
+
+
+def check_checkpoint(
+    name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False
+) -> None:
+    """Refuse what [`check_folder`] does, and a folder without a model, before transformers reads it.
 
     Args:
-        name (`str` or `os.PathLike`): a folder or a Hub id.
+        name, cache_dir, local_files_only: as in [`check_folder`].
 
     Raises:
-        OSError: for a path where there is no folder, or one without a model.
+        OSError: for a path where there is no folder, a folder without a model, and a Hub id that nobody can be asked
+            about.
     """
-    check_folder(name, "a checkpoint")
+    check_folder(name, "a checkpoint", cache_dir, local_files_only)
     folder = Path(name)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
