@@ -417,6 +417,13 @@ def test_the_page_in_a_browser(page, page_demo, tmp_path):
         expect(said).to_have_value(re.compile(rf"row {row}, column {column} of the {demo.VIEWS[view]}"))
         assert re.search(r"Score: cosine -?[01]\.\d{3} with prototype \d+", said.input_value())
         expect(page.locator("#here img")).to_be_visible()
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        expect(page.locator("#there .thumbnail-item")).to_have_count(3)
+        for nearest in page.locator("#there .thumbnail-item").all():  # with its words at the lower edge
+            box, frame = nearest.bounding_box(), page.locator("#there").bounding_box()
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"]
+            assert box["y"] + box["height"] <= frame["y"] + frame["height"]
     page.locator("#setting").get_by_text("threshold").click()
     expect(page.locator("#value")).to_contain_text("Threshold")
     assert numbers("1")[1] > few

@@ -23,6 +23,9 @@ STYLE = """
 #images img { aspect-ratio: 1; object-fit: cover; }
 #figures table { width: 100%; }
 #figures th, #figures td { word-break: normal; overflow-wrap: normal; padding: 6px 8px; }
+#figures td + td { white-space: nowrap; }
+#there .grid-wrap { padding-top: 32px; min-height: 0; }
+#there .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 """
 
 
@@ -143,7 +146,7 @@ def interface(demo: Demo) -> gr.Blocks:
                 there = gr.Gallery(
                     label="Nearest prototypes, and the word that each says alone",
                     columns=NEAREST,
-                    height=280,
+                    height="auto",
                     scale=3,
                     object_fit="contain",
                     visible=False,
