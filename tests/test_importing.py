@@ -41,6 +41,19 @@ assert not heavy, heavy
     assert word in output
 
 
+@pytest.mark.parametrize("command", ["demo --model", "verify", "inspect"])
+def test_a_path_without_a_model_is_refused_without_torch(command):
+    run(f"""
+from transformers_rbl.cli import app
+try:
+    app({[*command.split(), "./missing"]!r})
+except SystemExit as stopped:
+    assert stopped.code == 2
+heavy = {set(HEAVY)} & set(sys.modules)
+assert not heavy, heavy
+""")
+
+
 def test_importing_the_library_imports_neither_torch_nor_transformers():
     run(f"import transformers_rbl\nheavy = {set(HEAVY)} & set(sys.modules)\nassert not heavy, heavy")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Codebook, Device, Dtype, app, check_placement, one_sentence
+from .shared import Codebook, Device, Dtype, app, check_model, check_placement, one_sentence
 
 
 @app.command()
@@ -33,11 +33,12 @@ def demo(
     """A page: stock and pruned answers side by side, what was kept, and why a patch was dropped."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs gradio: pip install transformers_rbl[demo].")
+    if port is not None:
+        check_port(host or "127.0.0.1", port)
+    check_model(model)
     from ..demo import launch, load_demo
 
     check_placement(dtype, device)
-    if port is not None:
-        check_port(host or "127.0.0.1", port)
     launch(load_demo(model, codebook, images, device, dtype), host, port, share)
 
 

@@ -97,6 +97,18 @@ def check_metrics(names: list[str]) -> None:
         raise ValueError(f"--metric is one of {', '.join(METRICS)}, not {', '.join(unknown)}.")
 
 
+def check_model(model: str | None) -> None:
+    """There is a checkpoint of that name, before torch is imported, which takes seconds.
+
+    Raises:
+        OSError: if there is none, or nobody can be asked.
+    """
+    from ..models.names import check_checkpoint
+
+    if model is not None:
+        check_checkpoint(model)
+
+
 def check_placement(dtype: str, device: str | None) -> None:
     """A model can be put there, in this type.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import Device, Dtype, app, check_placement, one_sentence
+from .shared import Device, Dtype, app, check_model, check_placement, one_sentence
 
 
 @app.command()
@@ -34,6 +34,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Check the library's contracts on your checkpoint and installation. Status 1 if one is broken."""
+    check_model(model)
     from ..demo.loading import default_model
     from ..verify import FAILED, verify_checkpoint
 
