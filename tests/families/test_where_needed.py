@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from transformers_rbl import PruningConfig
 from transformers_rbl.models.layout import BASE, NEWLINE, PATCH, VisualLayout
-from transformers_rbl.models.needed import encoded_alone, needed_tiles
+from transformers_rbl.models.needed import LOOK, encoded_alone, looking, needed_tiles
 
 from .conftest import OFF
 from .test_tower import rows_encoded
+from .tiny import words
 
 
 FAMILIES = ("llava_next", "llava_next_video", "llava_onevision")
@@ -62,6 +65,39 @@ def test_more_tiles_are_encoded_where_their_tokens_are_to_stay():
     kept[0] = True
     for count, tiles in ((32, 1), (33, 2), (64, 3), (80, 4)):
         assert sum(needed_tiles(kept, layout, shares, count)) == 1 + tiles
+
+
+def test_the_thumbnail_is_looked_at_with_more_than_a_small_share():
+    assert looking(rule(keep_ratio=0.05)) == rule(keep_ratio=LOOK, tiles="base")
+    assert looking(rule(keep_ratio=0.6)) == rule(keep_ratio=0.6, tiles="base")
+    assert looking(rule(keep_ratio=None, threshold=0.4)) == rule(keep_ratio=LOOK, tiles="base")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("by", ["keep_ratio", "small threshold", "large threshold"])
+def test_a_tile_is_encoded_where_the_thumbnail_keeps_a_token_as_it_is_looked_at(kits, name: str, by: str):
+    """From the thumbnail's own tokens and their scores, written out; at a small share itself fewer tiles would be."""
+    kit, more = kits(name), 0
+    headless, family = kit.model.base_model, kit.model.base_model.family
+    for picture in kit.pictures:
+        inputs = kit.inputs([words(2), picture])
+        visual = {key: inputs[key] for key in ("pixel_values", "image_sizes", "batch_num_images") if key in inputs}
+        [layout], [share] = headless.layouts(**visual), family.tile_shares(headless, family.on_host(visual))
+        tokens = headless.get_image_features(**visual, pruning=OFF, return_dict=True).pooler_output[0]
+        scores = kit.codebook.score(tokens[layout.kinds == BASE])
+        ranked, count = scores.argsort(stable=True), 10 if by == "large threshold" else 1
+        settings = rule(keep_ratio=count / len(scores))
+        if by != "keep_ratio":
+            settings = rule(keep_ratio=None, threshold=float(scores[ranked[count - 1 : count + 1]].mean()))
+        tiles = []
+        for looked in (1, max(count, round(LOOK * len(scores)))):
+            kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, ranked[:looked], True)
+            tiles.append(sum(needed_tiles(kept, layout, share, settings.count_of(layout.numbers_scored))))
+        encode = functools.partial(headless.get_image_features, **visual, pruning=settings)
+        assert rows_encoded(kit.model, encode) == tiles[1]
+        more += tiles[1] - tiles[0]
+    assert more > 0
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .codebook import RedundancyCodebook, choose
 from .layout import BASE, VisualLayout, kept_counts
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
-from .needed import encoded_alone, needed_tiles, rule_for
+from .needed import encoded_alone, looking, needed_tiles, rule_for
 from .pruning import PruningConfig
 from .seam import (
     MASKS,
@@ -235,7 +235,11 @@ class RBLModelMixin(RBLMixin):
         needs = self.scorer_inputs("image", states, look, arguments, lengths, base_alone=True, texts=texts)
         tiled = [index for index, layout in enumerate(layouts) if layout.has_tiles]
         parts = [layouts[index].parts(base[index], look, **needs[index]) for index in tiled]
-        kept = torch.cat([part.kept for part in choose([part for [part] in parts], look, self.codebook)]).cpu()
+        thumbnails = [part for [part] in parts]
+        kept = torch.cat([choice.kept for choice in choose(thumbnails, looking(pruning), self.codebook)])
+        if pruning.keep_ratio is None:
+            kept = kept | torch.cat([choice.kept for choice in choose(thumbnails, look, self.codebook)])
+        kept = kept.cpu()
         kept_of = dict(zip(tiled, kept.split([len(base[index]) for index in tiled])))
         encoded, rules, needed = list(layouts), [pruning] * len(layouts), [[True] for _ in layouts]
         for index in tiled:

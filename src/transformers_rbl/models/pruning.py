@@ -49,8 +49,8 @@ class PruningConfig:
         tiles (`str`, defaults to `"all"`): `"base"` drops the anyres tiles (with their row ends) before the vision
             tower runs, so that only the base image's tokens are scored and counted.
             `"where_needed"` (LLaVA-NeXT, OneVision) encodes the base image first and then those tiles alone on whose
-            region of it the rule keeps a token; tokens of the others are dropped, and the number that stays is that of
-            `"all"`.
+            region of it the rule keeps a token, when it is to keep 0.4 of it at least; tokens of the others are
+            dropped, and the number that stays is that of `"all"`.
         per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
         seed (`int`, defaults to 0): draw of `score="random"`: a token's score depends on it, on the token's place in
             its image and on the frame, so that an image keeps the same tokens in any batch.
