@@ -63,7 +63,7 @@ def drawn(count: int, seed: int, grids: tuple[tuple[int, int], ...], empty: bool
 
 @torch.no_grad()
 def answered(model: Any, tokenizer: Any, examples: list[DigitExample], pruning: PruningConfig) -> tuple[Any, Any, Any]:
-    """Per example: share of right answers, tiles that passed the tower, tokens kept."""
+    """Per example: which questions it answers rightly, tiles or frames that passed the tower, tokens kept."""
     layer = next(module for name, module in model.model.vision_tower.named_modules() if name.endswith("layers.0"))
     rows: list[int] = []
     hook = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -73,7 +73,7 @@ def answered(model: Any, tokenizer: Any, examples: list[DigitExample], pruning: 
         features = encode(model, [example], pruning=pruning)
         tiles.append(sum(rows))
         kept.append(sum(len(image) for image in features[0]))
-        right.append(float(answer(model, tokenizer, features, [example])[2].float().mean()))
+        right.append(answer(model, tokenizer, features, [example])[2][0].float().numpy())
     hook.remove()
     return np.array(right), np.array(tiles), np.array(kept)
 
@@ -103,7 +103,9 @@ def main(
         for ratio in keep_ratio or (0.15,):
             base = None
             for name, settings in SETTINGS.items():
-                right, tiles, kept = answered(model, tokenizer, examples, PruningConfig(keep_ratio=ratio, **settings))
+                rule = PruningConfig(keep_ratio=ratio, **settings)
+                right, tiles, kept = answered(model, tokenizer, examples, rule)
+                right = right.mean(1)
                 base = (right, tiles) if base is None else base
                 figures.append(
                     {
