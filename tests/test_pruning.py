@@ -97,6 +97,8 @@ def test_newline_policies():
         ({"keep_ratio": 0.5, "merge": "mean"}, "merge must be one of none, nearest; got 'mean'"),
         ({"keep_ratio": 0.5, "newlines": "none"}, "newlines must be one of"),
         ({"keep_ratio": 0.5, "tiles": "some"}, "tiles must be one of"),
+        ({"keep_ratio": 0.5, "frames": "some"}, "frames must be one of all, where_needed"),
+        ({"threshold": 0.5, "frames": "where_needed"}, "a threshold has none: give keep_ratio"),
         ({"keep_ratio": 0.5, "enabled": 1}, "True or False"),
     ],
 )

@@ -56,7 +56,7 @@ class RBL(lmms):
         pretrained (`str`): folder or Hub id of a checkpoint, stock or saved by our classes.
         codebook, codebook_revision (`str`, *optional*): see [`~RBLMixin.from_pretrained`].
         keep_ratio, threshold (`float`, *optional*): one of them, in place of the checkpoint's settings.
-        score, merge, newlines, tiles, min_tokens: see [`PruningConfig`]; they need `keep_ratio` or `threshold`.
+        score, merge, newlines, tiles, frames, min_tokens: see [`PruningConfig`]; they need `keep_ratio` or `threshold`.
         prune (`bool`, defaults to `True`): `False` gives the stock model's answers.
         check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
         revision (`str`, *optional*): of the checkpoint.
@@ -86,6 +86,7 @@ class RBL(lmms):
         merge: str | None = None,
         newlines: str | None = None,
         tiles: str | None = None,
+        frames: str | None = None,
         min_tokens: int | None = None,
         prune: bool = True,
         check_base: bool = True,
@@ -119,6 +120,7 @@ class RBL(lmms):
             "merge": merge,
             "newlines": newlines,
             "tiles": tiles,
+            "frames": frames,
             "min_tokens": min_tokens,
         }
         asked = {name: value for name, value in asked.items() if value is not None}

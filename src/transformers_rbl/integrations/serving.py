@@ -57,6 +57,11 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
         )
     if pruning.tiles == "where_needed":
         raise ValueError(f'tiles="where_needed" encodes in two steps, and an engine in one: {override}.')
+    if pruning.frames == "where_needed":
+        raise ValueError(
+            'frames="where_needed" keeps a number of visual tokens that depends on the video, and an engine must know '
+            f"it before it has seen one: {override}."
+        )
     if pruning.needs_of_tower:
         raise ValueError(
             f"score={pruning.score!r} needs {' and '.join(pruning.needs_of_tower)} of the vision tower (its [cls] "

@@ -43,6 +43,18 @@ class GridFamily(Family):
         chosen = torch.cat([pixels[index] for index in indices])
         return {**arguments, PIXELS[modality]: chosen, f"{modality}_grid_thw": grids[indices]}
 
+    def frames(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """Temporal patches: the tower's attention does not leave one."""
+        grids = self._grids("video", arguments)
+        videos = arguments[PIXELS["video"]].split(grids.prod(-1).tolist())
+        return [video.unflatten(0, (count, -1)) for video, count in zip(videos, grids[:, 0].tolist())]
+
+    def select_frames(self, model: Any, arguments: Arguments, indices: list[list[int]]) -> Arguments:
+        grids = self._grids("video", arguments).clone()
+        grids[:, 0] = torch.tensor([len(own) for own in indices])
+        chosen = [video[own].flatten(0, 1) for video, own in zip(self.frames(model, arguments), indices, strict=True)]
+        return {**arguments, PIXELS["video"]: torch.cat(chosen), "video_grid_thw": grids}
+
     def _grids(self, modality: str, arguments: Arguments) -> torch.Tensor:
         name = f"{modality}_grid_thw"
         if arguments.get(name) is None:

@@ -110,6 +110,19 @@ class Family:
     def has_tile_shares(self) -> bool:
         return type(self).tile_shares is not Family.tile_shares
 
+    def frames(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        """Per video `(frames, patches, values)`: its pixels, by what the tower encodes without looking at the rest of
+        the video."""
+        raise NotImplementedError(f"{self.model_type} does not encode a video's frames each by itself.")
+
+    @property
+    def has_frames(self) -> bool:
+        return type(self).frames is not Family.frames
+
+    def select_frames(self, model: Any, arguments: Arguments, indices: list[list[int]]) -> Arguments:
+        """The arguments for these frames of each video alone; only families with `frames` are asked."""
+        raise NotImplementedError(f"{self.model_type} does not encode a video's frames each by itself.")
+
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
         """Stock features, with a list of `(L, d)` tokens, one entry per image or video."""
         outputs = getattr(model.stock, f"get_{modality}_features")(model, **arguments, return_dict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .codebook import RedundancyCodebook, choose
-from .layout import BASE, VisualLayout, kept_counts
+from .layout import BASE, VisualLayout, kept_counts, on_device
 from .loading import stock_alone
 from .modeling_rbl import RBLMixin
-from .needed import encoded_alone, looking, needed_tiles, rule_for
+from .needed import encoded_alone, looking, needed_tiles, new_frames, rule_for
 from .pruning import PruningConfig
 from .seam import (
     MASKS,
@@ -142,7 +142,9 @@ class RBLModelMixin(RBLMixin):
             arguments = {**arguments, **self.family.tower_arguments(pruning)}
             shorter, arguments = self.family.stopped(self, arguments)
         encoder = each_once(shorter) if pruning is not None and pruning.encode_once else shorter
-        rules = None
+        rules = there = None
+        if pruning is not None and modality == "video" and pruning.frames == "where_needed":
+            there, arguments, layouts, rules = self._new_frames(layouts or [], arguments, pruning)
         with stock_alone(encoder):
             if (
                 pruning is not None
@@ -166,7 +168,7 @@ class RBLModelMixin(RBLMixin):
         if pruning is not None:
             if not base_alone:
                 outputs[TOKENS] = self.family.grouped(outputs[TOKENS], runs, layouts)
-            self._prune(modality, outputs, layouts, rules or pruning, arguments, base_alone, texts=texts)
+            self._prune(modality, outputs, layouts, rules or pruning, arguments, base_alone, texts=texts, there=there)
         if shorter is not self:  # nobody asked for them, and counted from the end they would be other layers'
             outputs = without(without(outputs, "last_hidden_state"), "hidden_states")
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -249,6 +251,24 @@ class RBLModelMixin(RBLMixin):
             rules[index] = rule_for(layout, encoded[index], pruning)
         return encoded, rules, needed
 
+    def _new_frames(
+        self, layouts: list[VisualLayout], arguments: dict[str, Any], pruning: PruningConfig
+    ) -> tuple[list[torch.Tensor], dict[str, Any], list[VisualLayout], list[PruningConfig]]:
+        """Which tokens `(L,)` of each video belong to frames that are new, or row ends; and of these frames alone the
+        arguments, the layouts, and the settings under which they keep what all frames would have. The device is waited
+        for, once, before the tower runs."""
+        said = [new_frames(frames) for frames in self.family.frames(self, arguments)]
+        lengths, flat = [len(new) for new in said], iter(torch.cat(said).tolist())
+        new = [list(islice(flat, length)) for length in lengths]
+        for layout, frames in zip(layouts, new):
+            if layout.kept_scored_count(pruning) == layout.scored_count(pruning):  # keeping all is the stock model
+                frames[:] = [True] * len(frames)
+        indices = [[number for number, is_new in enumerate(frames) if is_new] for frames in new]
+        arguments = self.family.select_frames(self, arguments, indices)
+        encoded = self.layouts("video", **arguments) or []
+        rules = [rule_for(layout, own, pruning) for layout, own in zip(layouts, encoded, strict=True)]
+        return [layout.of_frames(frames) for layout, frames in zip(layouts, new)], arguments, encoded, rules
+
     def scorer_inputs(
         self,
         modality: str,
@@ -308,6 +328,7 @@ class RBLModelMixin(RBLMixin):
         base_alone: bool = False,
         tower_outputs: Any = None,
         texts: list[tuple[int, int, torch.Tensor]] | None = None,
+        there: list[torch.Tensor] | None = None,
     ) -> None:
         """Take redundant tokens out of encoded features, in place.
 
@@ -317,13 +338,15 @@ class RBLModelMixin(RBLMixin):
             pruning (`PruningConfig` or a list of them): of all images, or of each.
             tower_outputs: the output that holds the tower's hidden states, by default `outputs`.
             texts (`list[tuple[int, int, torch.Tensor]]`, *optional*): see [`~RBLModelMixin.features`].
+            there (`list[torch.BoolTensor]`, *optional*): per image `(L,)`, which of its tokens the features and layouts
+                are of; by default all. The others are dropped.
         """
         images = outputs[TOKENS]
         if layouts is None:
             layouts = [VisualLayout.of_patches(len(tokens)) for tokens in images]
         states = outputs if tower_outputs is None else tower_outputs
         rules = pruning if isinstance(pruning, list) else [pruning] * len(images)
-        lengths = [len(layout) for layout in layouts]
+        lengths = [len(own) for own in there or layouts]
         needs = self.scorer_inputs(modality, states, rules[0], arguments, lengths, base_alone, texts)
         parts = []
         for tokens, layout, inputs, rule in zip(images, layouts, needs, rules, strict=True):
@@ -358,6 +381,9 @@ class RBLModelMixin(RBLMixin):
         for name in VIEWS:  # other views of the same tokens
             if outputs.get(name) is not None:
                 outputs[name] = [kept(view) for view in outputs[name]]
+        if there is not None:
+            on = [on_device(own, mask) for own, mask in zip(there, masks, strict=True)]
+            masks = [torch.zeros_like(own).masked_scatter_(own, mask) for own, mask in zip(on, masks)]
         outputs[MASKS[modality]] = masks
         if self.family.row_marks:  # they are text, which leaves the prompt later
             outputs[NEWLINES] = rules[0].newlines

@@ -12,7 +12,7 @@ import torch
 
 from .codebook import RedundancyCodebook, choose
 from .merging import Choice, places
-from .pruning import PruningConfig, kept_token_count
+from .pruning import PruningConfig
 
 
 # What a visual token is, within the sequence that replaces one image (see `PruningConfig.newlines` and `.tiles`).
@@ -199,8 +199,17 @@ class VisualLayout:
         if pruning.keep_ratio is None or newlines is None:
             setting = f"threshold={pruning.threshold}" if pruning.keep_ratio is None else 'newlines="row"'
             raise ValueError(f"{setting} keeps a number of visual tokens that depends on the image.")
+        return self.kept_scored_count(pruning) + newlines
+
+    def kept_scored_count(self, pruning: PruningConfig) -> int:
+        """How many of the scored tokens a keep ratio leaves."""
         parts, scored = self._parts(pruning), self.scored_count(pruning)
-        return parts * kept_token_count(scored // parts, pruning.keep_ratio, pruning.min_tokens) + newlines
+        return parts * (pruning.count_of(scored // parts) or 0)
+
+    def of_frames(self, there: list[bool]) -> torch.Tensor:
+        """`(L,)` bool: a video's tokens of these frames, and its row ends."""
+        frame = (self.kinds == PATCH).cumsum(0).sub(1).clamp(min=0) // (self.numbers_scored // self.frames)
+        return torch.tensor(there)[frame] | (self.kinds == NEWLINE)
 
     def encoded(self, pruning: PruningConfig) -> VisualLayout:
         """The tokens that are encoded at all: with `tiles="base"` the base image's and one row end, which engines

@@ -11,6 +11,7 @@ import torch
 
 from .family import Arguments, Family, grid_side
 from .layout import BASE, NEWLINE, PATCH, VisualLayout
+from .needed import in_patches
 from .pruning import PruningConfig
 from .seam import PIXELS, TOKENS
 from .tower import queries_and_keys, received_attention
@@ -272,6 +273,12 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         lengths = [len(layout) - 1 for layout in self.layouts(model, modality, arguments)]
         return [torch.cat([video, video.new_zeros(1, video.shape[1])]) for video in frames.split(lengths)]
 
+    def frames(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        return frames_in_patches(model, arguments)
+
+    def select_frames(self, model: Any, arguments: Arguments, indices: list[list[int]]) -> Arguments:
+        return with_frames(arguments, indices)
+
     def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
         return torch.cat(tokens)[None] if modality == "video" else tokens
 
@@ -306,9 +313,14 @@ class LlavaNextVideoFamily(LlavaNextFamily):
         return [VisualLayout.of_patches(len(frames) * side**2, len(frames), (side, side)) for frames in videos]
 
     def encode(self, model: Any, modality: str, arguments: Arguments) -> Any:
-        outputs = super().encode(model, modality, arguments)
-        if modality == "video":  # some releases keep frames apart
-            outputs[TOKENS] = [video.reshape(-1, video.shape[-1]) for video in outputs[TOKENS]]
+        if modality == "image":
+            return super().encode(model, modality, arguments)
+        lengths, videos = map(len, self.layouts(model, modality, arguments)), arguments[PIXELS["video"]]
+        if not isinstance(videos, torch.Tensor):  # of different lengths: all frames as one long video
+            videos = torch.cat(videos)[None]
+        outputs = super().encode(model, modality, {**arguments, PIXELS["video"]: videos})
+        tokens = [video.reshape(-1, video.shape[-1]) for video in outputs[TOKENS]]  # some releases keep frames apart
+        outputs[TOKENS] = list(torch.cat(tokens).split(list(lengths)))
         return outputs
 
     def laid_out(
@@ -319,7 +331,14 @@ class LlavaNextVideoFamily(LlavaNextFamily):
         side, width = grid_side(model.config), values.shape[-1]
         grids = values.mT.reshape(-1, width, side, side)
         pooled = torch.nn.functional.avg_pool2d(grids, model.config.spatial_pool_stride)
-        return list(pooled.flatten(2).mT.reshape(len(arguments[PIXELS["video"]]), -1, width))
+        lengths = [len(layout) for layout in self.layouts(model, modality, arguments)]
+        return list(pooled.flatten(2).mT.flatten(0, 1).split(lengths))
+
+    def frames(self, model: Any, arguments: Arguments) -> list[torch.Tensor]:
+        return frames_in_patches(model, arguments)
+
+    def select_frames(self, model: Any, arguments: Arguments, indices: list[list[int]]) -> Arguments:
+        return with_frames(arguments, indices)
 
     def joined(self, modality: str, tokens: list[torch.Tensor]) -> Any:
         """Stock flattens the first two axes of each video."""
@@ -329,6 +348,18 @@ class LlavaNextVideoFamily(LlavaNextFamily):
         if modality == "image":
             return super().select(model, modality, arguments, indices)
         return {**arguments, PIXELS["video"]: arguments[PIXELS["video"]][indices]}
+
+
+def frames_in_patches(model: Any, arguments: Arguments) -> list[torch.Tensor]:
+    """`Family.frames` of videos `(frames, channels, height, width)`."""
+    side = model.config.vision_config.patch_size
+    return [in_patches(video, side) for video in arguments[PIXELS["video"]]]
+
+
+def with_frames(arguments: Arguments, indices: list[list[int]]) -> Arguments:
+    """`Family.select_frames` of such videos; a list, since their lengths may differ then."""
+    videos = arguments[PIXELS["video"]]
+    return {**arguments, PIXELS["video"]: [video[own] for video, own in zip(videos, indices, strict=True)]}
 
 
 def layer_list(layers: int | list[int]) -> list[int]:

@@ -190,6 +190,14 @@ class LoadingMixin(Mixed):
                 f"tiles='where_needed' is not to be had with {self.family.model_type} models: it is for those of "
                 "LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision. Leave it at 'all'."
             )
+        if pruning.frames == "where_needed" and not (
+            self.family.has_frames and hasattr(self.base_model, "get_video_features")
+        ):
+            raise ValueError(
+                f"frames='where_needed' is not to be had with {self.family.model_type} models: it is for families with "
+                "a vision tower that encodes each frame of a video by itself, and says where its tokens lie: "
+                "LLaVA-OneVision, LLaVA-NeXT-Video, Qwen-VL and GLM-4V. Leave it at 'all'."
+            )
         if self.base_model.codebook is None and pruning.needs_codebook:
             raise ValueError(
                 "Pruning is on, but this model has no codebook: load it with codebook=…, call model.set_codebook(…), "

@@ -1,4 +1,5 @@
-"""`tiles="where_needed"`: the thumbnail is encoded first, and a tile only where the thumbnail keeps a token."""
+"""`tiles="where_needed"`: the thumbnail is encoded first, and a tile only where the thumbnail keeps a token.
+`frames="where_needed"`: a video's frame is encoded only where its pixels are new."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from .pruning import PruningConfig
 # the image to say and not for the budget, and what fills one patch of a tile is pale in a token that stands for more:
 # by the rule's own 0.15 or 0.08, tiles were left out that hold what was asked for (docs/results/prefill.md).
 LOOK = 0.4
+# Mean change of a patch's normalised values (a quarter to a half of the range of pixels is 1) above which it is another
+# one: 0.1 is 7 to 13 of 255 levels, above what noise and compression do to a patch, below what moves in it.
+FRAME_CHANGE = 0.1
 
 
 def looking(pruning: PruningConfig) -> PruningConfig:
@@ -63,8 +67,31 @@ def encoded_alone(layout: VisualLayout, shares: torch.Tensor, needed: list[bool]
 
 
 def rule_for(layout: VisualLayout, encoded: VisualLayout, pruning: PruningConfig) -> PruningConfig:
-    """The settings under which the tokens that were encoded keep as many as all tokens would have kept."""
+    """The settings under which the tokens that were encoded keep as many as all tokens would have kept, as far as there
+    are so many and parts of one size can."""
     if pruning.keep_ratio is None:
         return pruning
-    count = pruning.count_of(layout.numbers_scored) or 0
-    return replace(pruning, keep_ratio=min(1.0, count / encoded.numbers_scored))
+    return replace(pruning, keep_ratio=min(1.0, layout.kept_scored_count(pruning) / encoded.numbers_scored))
+
+
+def new_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Which frames of a video differ from the last one that did, in one of their patches at least: a change that is
+    small in the frame counts, noise that is small everywhere does not, and what fades is new once it is far enough.
+
+    Args:
+        frames (`torch.Tensor` of shape `(frames, patches, values)`): normalised pixels.
+
+    Returns:
+        `torch.BoolTensor` of shape `(frames,)`, on their device; the first is new, and so is one with NaN.
+    """
+    last, new = frames[0].float(), [torch.ones((), dtype=torch.bool, device=frames.device)]
+    for frame in frames[1:].float():
+        new.append(~((frame - last).abs().mean(-1).amax() <= FRAME_CHANGE))
+        last = torch.where(new[-1], frame, last)
+    return torch.stack(new)
+
+
+def in_patches(frames: torch.Tensor, side: int) -> torch.Tensor:
+    """Frames `(frames, channels, height, width)` as `(frames, patches, values)` of whole patches."""
+    cells = frames.unfold(2, side, side).unfold(3, side, side)
+    return cells.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -20,6 +20,7 @@ from .scorers import MERGING, SCORERS, TOWER_NEEDS, chooses, registered_at, scor
 
 NEWLINE_POLICIES = ("all", "row", "last")
 TILE_POLICIES = ("all", "base", "where_needed")
+FRAME_POLICIES = ("all", "where_needed")
 ORIGIN = "score_from"
 
 
@@ -51,6 +52,11 @@ class PruningConfig:
             `"where_needed"` (LLaVA-NeXT, OneVision) encodes the base image first and then those tiles alone on whose
             region of it the rule keeps a token, when it is to keep 0.4 of it at least; tokens of the others are
             dropped, and the number that stays is that of `"all"`.
+        frames (`str`, defaults to `"all"`): `"where_needed"` (LLaVA-OneVision, LLaVA-NeXT-Video, Qwen-VL, GLM-4V)
+            encodes a video's frame, or temporal patch, only where its pixels differ from those of the last one that was
+            encoded; all tokens of the others are dropped, and theirs of the budget goes to those that were. The number
+            that stays then depends on the pixels. Needs `keep_ratio`; where that keeps all tokens, all frames are
+            encoded.
         per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
         seed (`int`, defaults to 0): draw of `score="random"`: a token's score depends on it, on the token's place in
             its image and on the frame, so that an image keeps the same tokens in any batch.
@@ -70,6 +76,7 @@ class PruningConfig:
     min_tokens: int = 1
     newlines: str = "all"
     tiles: str = "all"
+    frames: str = "all"
     per_frame: bool = True
     seed: int = 0
     encode_once: bool = True
@@ -95,12 +102,23 @@ class PruningConfig:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1; got {self.seed!r}.")
-        one_of = {"score": SCORERS, "merge": MERGE_POLICIES, "newlines": NEWLINE_POLICIES, "tiles": TILE_POLICIES}
+        one_of = {
+            "score": SCORERS,
+            "merge": MERGE_POLICIES,
+            "newlines": NEWLINE_POLICIES,
+            "tiles": TILE_POLICIES,
+            "frames": FRAME_POLICIES,
+        }
         for name, allowed in one_of.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.threshold is not None and chooses(self.score):
             raise ValueError(f"score={self.score!r} chooses a number of tokens and has no threshold: give keep_ratio.")
+        if self.threshold is not None and self.frames == "where_needed":
+            raise ValueError(
+                "frames='where_needed' hands what is left of a budget to other frames, and a threshold has none: give "
+                "keep_ratio."
+            )
         for name in ("per_frame", "encode_once", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
