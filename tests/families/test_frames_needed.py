@@ -170,7 +170,7 @@ def test_keeping_all_is_stock_and_a_video_without_stretches_is_as_ever(kits, nam
 def test_batch_equals_single(kits, name: str):
     """Videos with more and fewer stretches, beside text."""
     kit = kits(name)
-    prompts = [film(kit), film(kit, 1, [0, 1, 2, 2, 2, 2]), kit.text]
+    prompts = [film(kit), film(kit, 1, [0, 1, 2, 3, 3, 3]), kit.text]
     together = kit.answers(kit.model, *prompts, pruning=rule())
     assert same(together, [a for prompt in prompts for a in kit.answers(kit.model, prompt, pruning=rule())])
 
@@ -189,7 +189,7 @@ def test_a_rule_that_reads_the_question_finds_it(kits):
 @pytest.mark.parametrize("name, score", [("llava_next_video", "cls_similarity_high"), ("llava_onevision", "vispruner")])
 def test_rules_that_read_the_tower_read_the_new_frames(kits, name: str, score: str):
     kit = kits(name)
-    prompts = [film(kit), film(kit, 1, [0, 1, 2, 2, 2, 2])]
+    prompts = [film(kit), film(kit, 1, [0, 1, 2, 3, 3, 3])]
     arguments = [visual(kit, *prompts), *(visual(kit, prompt) for prompt in prompts)]
     both, *apart = [kit.model.base_model.get_video_features(**own, pruning=rule(score=score)) for own in arguments]
     for number, one in enumerate(apart):

@@ -332,7 +332,8 @@ class RBLMixin(LoadingMixin):
         embeds: Any = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
         for modality, output in features.items():
             tokens = output[TOKENS]
-            tokens = tokens.flatten(0, -2) if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+            views = [tokens] if isinstance(tokens, torch.Tensor) else tokens
+            tokens = torch.cat([view.flatten(0, -2) for view in views])
             tokens = tokens.to(embeds.device, embeds.dtype, non_blocking=True)
             embeds = embeds.masked_scatter(self.placeholders(modality, call)[..., None], tokens)
         call = replace(call, input_ids=None, inputs_embeds=embeds, features={})
