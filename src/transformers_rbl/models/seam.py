@@ -469,7 +469,8 @@ def with_features(outputs: Any, features: dict[str, Any]) -> Any:
             outputs[f"{modality}_outputs"] = output
         elif f"{modality}_hidden_states" in names:  # until transformers 5.24
             tokens = output[TOKENS]
-            tokens = tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+            if not isinstance(tokens, torch.Tensor):  # a video of LLaVA-NeXT-Video has an axis more
+                tokens = torch.cat([entry.flatten(0, -2) for entry in tokens])
             outputs[f"{modality}_hidden_states"] = tokens
     return outputs
 
