@@ -8,7 +8,6 @@ frame; and some with still stretches: two to four of these frames, each held for
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +15,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmark_tiles import ROOT, answered, interval
+from benchmark_tiles import ROOT, answered, interval, report
 from testbeds.digits.placing import BACKDROP
 from testbeds.digits.questions import DigitExample, draw_example
 from testbeds.digits.sizes import FRAMES, size_of
@@ -102,22 +99,7 @@ def main(
                             "tokens": float(kept.mean()),
                         }
                     )
-    table = Table("videos", "keep", "frames", "asked", "accuracy", "minus all", "tower passes", "tower FLOPs", "tokens")
-    for row in figures:
-        table.add_row(
-            row["videos"],
-            str(row["keep_ratio"]),
-            row["frames"],
-            row["asked"],
-            "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"]),
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["accuracy_minus_all"]),
-            "{:.2f}".format(row["tower_passes"][0]),
-            f"{row['tower_flops_share']:.2f}",
-            f"{row['tokens']:.1f}",
-        )
-    Console(width=160).print(table)
-    if out is not None:
-        out.write_text(json.dumps({"examples": count, "seed": seed, "figures": figures}, indent=2) + "\n")
+    report(figures, {"examples": count, "seed": seed}, out)
 
 
 if __name__ == "__main__":

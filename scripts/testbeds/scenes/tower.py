@@ -126,11 +126,11 @@ class Tower(torch.nn.Module):
         }
 
 
-def fit_heads(tower: Tower, steps: int = 250, batch: int = 48, rate: float = 1e-2) -> None:
+def fit_heads(tower: Tower, images: int = 1920, steps: int = 250, batch: int = 48, rate: float = 1e-2) -> None:
     """Teaches the patches' head anew to a tower that is frozen, from whole images as in its training: a checkpoint
     keeps the tower without its heads. A minute."""
     shown, features = [], []
-    for step in range(120):
+    for step in range(images // 16):
         scenes = training_scenes(np.random.default_rng([2, step]), 16)
         shown.append(shown_words(scenes))
         with torch.no_grad():

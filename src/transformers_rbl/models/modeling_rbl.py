@@ -35,6 +35,7 @@ from .seam import (
     bound,
     cache_of,
     check_stock,
+    in_a_row,
     is_counted_for,
     read_by_stock,
     replaced,
@@ -331,10 +332,7 @@ class RBLMixin(LoadingMixin):
             return self.stock.forward(self, **call.arguments(), **settings)
         embeds: Any = call.inputs_embeds if call.input_ids is None else self.get_input_embeddings()(call.input_ids)
         for modality, output in features.items():
-            tokens = output[TOKENS]
-            views = [tokens] if isinstance(tokens, torch.Tensor) else tokens
-            tokens = torch.cat([view.flatten(0, -2) for view in views])
-            tokens = tokens.to(embeds.device, embeds.dtype, non_blocking=True)
+            tokens = in_a_row(output[TOKENS]).to(embeds.device, embeds.dtype, non_blocking=True)
             embeds = embeds.masked_scatter(self.placeholders(modality, call)[..., None], tokens)
         call = replace(call, input_ids=None, inputs_embeds=embeds, features={})
         return with_features(self.stock.forward(self, **call.arguments(), **settings), features)

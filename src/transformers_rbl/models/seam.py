@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -461,6 +461,12 @@ def is_counted_for(length: int, features: Any) -> bool:
     return getattr(features, "counted", None) == length
 
 
+def in_a_row(tokens: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Visual tokens `(n, d)` of all entries; a video of LLaVA-NeXT-Video has an axis more than others."""
+    entries = [tokens] if isinstance(tokens, torch.Tensor) else tokens
+    return torch.cat([entry.flatten(0, -2) for entry in entries])
+
+
 def with_features(outputs: Any, features: dict[str, Any]) -> Any:
     """An output of `forward` with the visual features that stock hands on in it."""
     names = {item.name for item in fields(outputs)}
@@ -469,9 +475,7 @@ def with_features(outputs: Any, features: dict[str, Any]) -> Any:
             outputs[f"{modality}_outputs"] = output
         elif f"{modality}_hidden_states" in names:  # until transformers 5.24
             tokens = output[TOKENS]
-            if not isinstance(tokens, torch.Tensor):  # a video of LLaVA-NeXT-Video has an axis more
-                tokens = torch.cat([entry.flatten(0, -2) for entry in tokens])
-            outputs[f"{modality}_hidden_states"] = tokens
+            outputs[f"{modality}_hidden_states"] = tokens if isinstance(tokens, torch.Tensor) else in_a_row(tokens)
     return outputs
 
 
