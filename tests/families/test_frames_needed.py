@@ -100,6 +100,19 @@ def test_patches_are_whole_squares_of_all_channels():
 def test_tokens_of_frames_are_found_beside_row_ends():
     layout = VisualLayout(torch.tensor([1, 1, 1, 1, 1, 1, 2]), frames=3)
     assert layout.of_frames([True, False, True]).tolist() == [True, True, False, False, True, True, True]
+    assert layout.of_frames([False, True, False]).tolist() == [False, False, True, True, False, False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masks_are_of_the_tokens_where_a_video_ends_in_a_stretch(kits, name: str):
+    kit = kits(name)
+    inputs = visual(kit, film(kit, 1, [0, 1, 2, 3, 3, 3]))
+    every = kit.model.base_model.get_video_features(**inputs, pruning=OFF)[TOKENS]
+    output = kit.model.base_model.get_video_features(**inputs, pruning=rule())
+    [mask] = output[MASKS["video"]]
+    assert len(mask) == sum(entry.flatten(0, -2).shape[0] for entry in every)
+    assert int(mask.sum()) == sum(entry.flatten(0, -2).shape[0] for entry in output[TOKENS])
 
 
 @torch.no_grad()
