@@ -305,6 +305,18 @@ def test_the_committed_parts_reach_the_committed_accuracy(tmp_path):
     assert bootstrap_interval(lead)[0] > 0
 
 
+def test_a_training_on_another_tower_is_not_written_over(tmp_path):
+    for name in ("parts", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / training.TOWER).write_text(name)
+    ask = ["scenes-answers", str(tmp_path / "out"), "--parts"]
+    refused = CliRunner().invoke(commands_app, [*ask, str(tmp_path / "parts")])
+    assert refused.exit_code == 2 and "on another tower" in " ".join(refused.output.split())
+    assert (tmp_path / "out" / training.TOWER).read_text() == "out"
+    refused = CliRunner().invoke(commands_app, [*ask, str(tmp_path)])
+    assert refused.exit_code == 2 and "holds neither" in " ".join(refused.output.split())
+
+
 @pytest.mark.slow
 def test_the_last_stage_is_repeated_on_the_committed_tower(tmp_path):
     """One step of it, from either start: parts that a checkpoint can be put together from."""

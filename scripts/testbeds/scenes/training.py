@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import time
@@ -167,16 +168,20 @@ def answers_again(
 ) -> None:
     """Train projector and LoRA of the scenes model once more, on a tower that is trained already."""
     torch.set_num_threads(threads)
+    theirs, ours = parts / TOWER, folder / TOWER
+    if not (theirs.is_file() or (parts / VISION).is_file()):
+        raise typer.BadParameter(f"{parts} holds neither {TOWER} nor {VISION}: --parts names a trained model's parts.")
+    if theirs.is_file() and ours.is_file() and not filecmp.cmp(theirs, ours, shallow=False):
+        raise typer.BadParameter(f"{folder} holds a training on another tower: give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    if (parts / TOWER).is_file():
-        shutil.copyfile(parts / TOWER, folder / TOWER)
-    elif not (folder / TOWER).is_file():
+    if not ours.is_file() and theirs.is_file():
+        shutil.copyfile(theirs, ours)
+    elif not ours.is_file():
         tower = new_tower(load_language_model(), load_tokenizer()).requires_grad_(False).eval()
-        load_part(
-            tower.clip, {name: value.float() for name, value in load_file(parts / VISION).items()}, "vision_tower."
-        )
+        vision = {name: value.float() for name, value in load_file(parts / VISION).items()}
+        load_part(tower.clip, vision, "vision_tower.")
         fit_heads(tower)
-        save_file(tower.state_dict(), folder / TOWER)
+        save_file(tower.state_dict(), ours)
     trainer = ScenesTrainer("llava", seed, folder, STAGES["llava"], line_break, stop)
     trainer.run()
     print(f"{folder}: {trainer.spent:.0f} CPU seconds")
