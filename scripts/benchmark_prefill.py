@@ -2,10 +2,10 @@
 
 Ways of answering the same prompt, interleaved in one run: the stock model; the pruned model; and the oracle, which gets
 the kept tokens for free: the stock vision tower, then the stock language model on the embeddings that pruning would
-leave. The pruned model may add to the oracle little more than one matrix product, its scores. Where most tiles of the
-image are blank, two more: equal tiles encoded once, and tiles only where the thumbnail asks for them.
+leave. The pruned model may add to the oracle little more than one matrix product, its scores. Where most of an image is
+blank, or a video stands still, it may do with less: equal tiles or frames encoded once, others only where needed.
 
-    python scripts/benchmark_prefill.py                             # four families, 8 layers of width 512, this CPU
+    python scripts/benchmark_prefill.py                             # sixteen families, 8 layers of width 512, this CPU
     python scripts/benchmark_prefill.py --device cuda --preset 7b   # the shape of the 7B models, random weights, bf16
     python scripts/benchmark_prefill.py --flops                     # counted, not timed: every shape, on no device
 """
@@ -31,14 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
-from transformers_rbl import (
-    LlavaForConditionalGenerationRBL,
-    LlavaNextForConditionalGenerationRBL,
-    LlavaOnevisionRBL,
-    PruningConfig,
-    RedundancyCodebook,
-    kept_token_count,
-)
+from family_shapes import END, IMAGE, SHAPES, START, VIDEO
+from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 from transformers_rbl.models.auto_rbl import family_class
 from transformers_rbl.models.modeling_rbl import RBLMixin
 from transformers_rbl.models.scorers import max_cosine
@@ -50,13 +44,11 @@ OFF = PruningConfig(enabled=False)
 PROTOTYPES = 969
 GRIDS = "image_grid_thw"
 RATIOS = (1.0, 0.5, 0.22, 0.11, 0.05)
-FAMILIES = {
-    "llava": LlavaForConditionalGenerationRBL,
-    "llava_next": LlavaNextForConditionalGenerationRBL,
-    "llava_onevision": LlavaOnevisionRBL,
-    "qwen3_vl": family_class("qwen3_vl"),
-}
-IMAGE, VIDEO = 3, 4  # ids of placeholders
+WORDS = (range(10, 30), range(30, 50))  # ids before and behind the image
+TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
+ALONG = ("input_ids", "attention_mask", *TYPE_IDS)
+# Of these there are released shapes too; those of `family_shapes.py` have the small one alone.
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen3_vl")
 # The 7B shape is that of each family's checkpoint; the small one has 8 layers of width 512 behind a small tower.
 PRESETS = {
     "small": {
@@ -117,7 +109,25 @@ PATCHES = {"small": 32, "qwen3-vl-8b": 64}  # of Qwen3-VL's image, along a side:
 
 def build_model(family: str, preset: str, device: str):
     """Random weights of a family's architecture: CLIP-L/336 or SigLIP-so400m/384 patches, its own language model."""
-    sizes, config_class = PRESETS[preset], FAMILIES[family].config_class
+    model_class = family_class(family)
+    if family in SHAPES:
+        config = SHAPES[family].config(model_class.config_class, PRESETS[preset])
+    else:
+        config = released_config(family, preset, model_class.config_class)
+    dtype = torch.float32 if preset == "small" else torch.bfloat16
+    torch.manual_seed(0)
+    default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = model_class(config).eval()
+    torch.set_default_dtype(default)
+    if device != "meta":
+        model.set_codebook(RedundancyCodebook(torch.randn(PROTOTYPES, config.get_text_config().hidden_size)))
+    return model
+
+
+def released_config(family: str, preset: str, config_class: type):
+    """The config of one of the families that have released shapes, at the sizes of a preset."""
+    sizes = PRESETS[preset]
     side = 384 if family == "llava_onevision" else 336
     text = {**sizes["text"], "max_position_embeddings": 32768, "pad_token_id": 0}
     common = {"tie_word_embeddings": False}
@@ -135,8 +145,8 @@ def build_model(family: str, preset: str, device: str):
         common |= {
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
-            "vision_start_token_id": 5,
-            "vision_end_token_id": 6,
+            "vision_start_token_id": START,
+            "vision_end_token_id": END,
         }
     else:
         vision = {**sizes["vision"], "image_size": side, "patch_size": 14}
@@ -149,22 +159,15 @@ def build_model(family: str, preset: str, device: str):
         if family != "llava":
             grids = {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3), TILES.get(preset, (2, 2))}
             common["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in sorted(grids)]
-    config = config_class(vision_config=vision, text_config=text, **common)
-    dtype = torch.float32 if preset == "small" else torch.bfloat16
-    torch.manual_seed(0)
-    default, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = FAMILIES[family](config).eval()
-    torch.set_default_dtype(default)
-    if device != "meta":
-        model.set_codebook(RedundancyCodebook(torch.randn(PROTOTYPES, config.get_text_config().hidden_size)))
-    return model
+    return config_class(vision_config=vision, text_config=text, **common)
 
 
 def build_inputs(model, preset: str, device: str, batch: int = 1, blank: bool = False):
     """Square photos, one a prompt: the base image, and tiles where the family has them; or one video. With `blank`, all
     tiles but the first are one colour."""
     generator, family = torch.Generator().manual_seed(0), model.config.stock_model_type()
+    if family in SHAPES:
+        return shaped_inputs(model, batch, device)
     if family == "qwen3_vl":
         side, vision = PATCHES[preset], model.config.vision_config
         width = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -184,13 +187,31 @@ def build_inputs(model, preset: str, device: str, batch: int = 1, blank: bool = 
             visual["image_sizes"] = torch.tensor([[rows * side, columns * side]] * batch)
     modality, placeholder = ("video", VIDEO) if "pixel_values_videos" in visual else ("image", IMAGE)
     length = len(model.model.layouts(modality, **visual)[0])
-    marks = [torch.tensor([5]), torch.tensor([6])] if family == "qwen3_vl" else [torch.tensor([], dtype=torch.long)] * 2
-    image = torch.full((length,), placeholder)
-    ids = torch.cat([torch.arange(10, 30), marks[0], image, marks[1], torch.arange(30, 50)])
-    ids = ids.expand(batch, -1).contiguous().to(device)
+    image = [placeholder] * length
+    ids = prompts([START, *image, END] if family == "qwen3_vl" else image, batch, device)
     if family == "qwen3_vl":
         visual["mm_token_type_ids"] = (ids == placeholder).long()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
+
+
+def shaped_inputs(model, batch: int, device: str):
+    """Prompts with the picture of `family_shapes.py`."""
+    generator = torch.Generator().manual_seed(0)
+    shape = SHAPES[model.config.stock_model_type()]
+    pictures = [shape.picture(lambda *size: torch.randn(size, generator=generator)) for _ in range(batch)]
+    ids = prompts(pictures[0].ids, batch, device)
+    visual = {name: torch.cat([picture.tensors[name] for picture in pictures]) for name in pictures[0].tensors}
+    visual = {
+        name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in visual.items()
+    }
+    if pictures[0].types is not None:
+        visual[pictures[0].types] = torch.zeros_like(ids) if pictures[0].prefix else (ids == IMAGE).long()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
+
+
+def prompts(picture: list[int], batch: int, device: str) -> torch.Tensor:
+    """`(batch, n)` ids: words, the picture, words."""
+    return torch.tensor([[*WORDS[0], *picture, *WORDS[1]]] * batch, device=device)
 
 
 def transcription(tokens, prototypes, tiles: int):
@@ -234,63 +255,64 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
     return float(np.median(ratios)), float(low), float(high)
 
 
-@torch.inference_mode()
-def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
-    """Seconds of stock, pruned and oracle, and what they are spent on."""
-    pruning = PruningConfig(keep_ratio=keep_ratio)
-    prefill_only = {"use_cache": True, "logits_to_keep": 1}
-    output = model(**inputs, **prefill_only, pruning=pruning)
+PREFILL_ONLY = {"use_cache": True, "logits_to_keep": 1}
+
+
+def oracle(model, inputs, output):
+    """A call that costs what any pruning must: stock's tower, and stock's language model on the tokens that `output`,
+    of the pruned model, kept."""
     modality = "video" if "pixel_values_videos" in inputs else "image"
-    visual = {
-        name: value for name, value in inputs.items() if name.startswith("pixel") or name in ("image_sizes", GRIDS)
-    }
-    encode = getattr(model, f"get_{modality}_features")
-    batch, masks = len(inputs["input_ids"]), output["video_keep_masks" if modality == "video" else "keep_masks"]
-    kept = {
-        name: inputs[name][output.prompt_mask].view(batch, -1)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
-        if name in inputs
-    }
+    visual = {name: value for name, value in inputs.items() if name not in ALONG}
+    encode, batch = getattr(model, f"get_{modality}_features"), len(inputs["input_ids"])
+    masks = output["video_keep_masks" if modality == "video" else "keep_masks"]
+    kept = {name: inputs[name][output.prompt_mask].view(batch, -1) for name in ALONG if name in inputs}
     if GRIDS in inputs:  # where kept tokens lie in their image, as the pruned model would say
         positions, _ = model.model.get_rope_index(
             **{name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "attention_mask", GRIDS)}
         )
         kept["position_ids"] = torch.stack([axis[output.prompt_mask].view(batch, -1) for axis in positions])
-    tokens = encode(**visual, pruning=OFF, return_dict=True).pooler_output
-    patches, unit = (
-        torch.cat([part.reshape(-1, part.shape[-1]) for part in tokens]).float(),
-        model.codebook.unit_prototypes,
-    )
+    lengths = [len(mask) for mask in masks]
 
-    def oracle():
+    def call():
         features = encode(**visual, pruning=OFF, return_dict=True)
-        parts = [part.reshape(-1, part.shape[-1]) for part in features.pooler_output]
-        features.pooler_output = [part[mask] for part, mask in zip(parts, masks, strict=True)]
+        images = in_a_row(features.pooler_output).split(lengths)
+        features.pooler_output = [image[mask] for image, mask in zip(images, masks)]
         if (layers := features.get("deepstack_features")) is not None:
-            whole = torch.cat(list(masks))
-            features.deepstack_features = [
-                layer[whole] if isinstance(layer, torch.Tensor) else [part[mask] for part, mask in zip(layer, masks)]
-                for layer in layers
-            ]
-        if modality == "video":
-            features.pooler_output = torch.cat(features.pooler_output)[None]
-        return model(**kept, mm_encoder_outputs={modality: features}, **prefill_only)
+            features.deepstack_features = [[part[mask] for part, mask in zip(layer, masks)] for layer in layers]
+        return model(**kept, mm_encoder_outputs={modality: features}, **PREFILL_ONLY)
 
-    if model.dtype == torch.float32:  # the oracle is told what to keep, and gives the same answer
-        torch.testing.assert_close(oracle().logits, output.logits, atol=1e-3, rtol=0)
+    return call
+
+
+def in_a_row(tokens) -> torch.Tensor:
+    """`(n, d)` of what a family has per image, tile or frame, or together."""
+    parts = [tokens] if isinstance(tokens, torch.Tensor) else tokens
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+@torch.inference_mode()
+def prefill(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict:
+    """Seconds of stock, pruned and oracle, and what they are spent on."""
+    pruning = PruningConfig(keep_ratio=keep_ratio)
+    output = model(**inputs, **PREFILL_ONLY, pruning=pruning)
+    masks = output.get("keep_masks") or output["video_keep_masks"]
+    patches = torch.randn(sum(len(mask) for mask in masks), model.config.get_text_config().hidden_size, device=device)
+    unit = model.codebook.unit_prototypes
     tasks = {
-        "stock": lambda: model(**inputs, **prefill_only, pruning=OFF),
-        "pruned": lambda: model(**inputs, **prefill_only, pruning=pruning),
-        "oracle": oracle,
+        "stock": lambda: model(**inputs, **PREFILL_ONLY, pruning=OFF),
+        "pruned": lambda: model(**inputs, **PREFILL_ONLY, pruning=pruning),
+        "oracle": oracle(model, inputs, output),
         "product": lambda: patches @ unit.T,
     }
+    if model.dtype == torch.float32:  # the oracle is told what to keep, and gives the same answer
+        torch.testing.assert_close(tasks["oracle"]().logits, output.logits, atol=1e-3, rtol=0)
     seconds = interleave(tasks, rounds, device, f"{model.config.stock_model_type()}, keep_ratio {keep_ratio}")
     floor = [a + b for a, b in zip(seconds["oracle"], seconds["product"])]
     added = [(p - o) / p for p, o in zip(seconds["pruned"], seconds["oracle"])]
-    stock_bytes = cache_bytes(model(**inputs, **prefill_only, pruning=OFF)[CACHE])
+    stock_bytes = cache_bytes(tasks["stock"]()[CACHE])
     return {
         "family": model.config.stock_model_type(),
-        "batch": batch,
+        "batch": len(inputs["input_ids"]),
         "keep_ratio": keep_ratio,
         "visual_tokens": [sum(len(mask) for mask in masks), sum(int(mask.sum()) for mask in masks)],
         "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
@@ -362,35 +384,66 @@ def decoding(model, inputs, keep_ratio: float, rounds: int, device: str) -> dict
 
 
 @torch.inference_mode()
-def blank_tiles(model, preset: str, keep_ratio: float, rounds: int, device: str) -> dict:
-    """An image of which all tiles but one are blank: every tile, equal ones once, and those that the thumbnail asks
-    for, which on noise (this model's weights are random) is chance's choice."""
-    inputs, call = build_inputs(model, preset, device, blank=True), {"use_cache": True, "logits_to_keep": 1}
-    rules = {
-        "every tile": {"encode_once": False},
-        "equal tiles once": {},
-        "where needed": {"tiles": "where_needed"},
-        "base": {"tiles": "base"},
-    }
+def empty_parts(model, inputs, rules: dict[str, dict], keep_ratio: float, rounds: int, device: str, what: str) -> dict:
+    """A prompt whose tiles or frames are mostly empty, under rules that encode fewer of them: passes of the tower, and
+    time against the oracle, which encodes them all as stock does."""
     rows: list[int] = []
     layer = next(module for name, module in model.model.vision_tower.named_modules() if name.endswith("layers.0"))
     hook = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    passes, tasks = {}, {}
+    output = model(**inputs, **PREFILL_ONLY, pruning=PruningConfig(keep_ratio=keep_ratio, encode_once=False))
+    tasks, passes = {"oracle": oracle(model, inputs, output)}, {}
     for name, settings in rules.items():
         rule = PruningConfig(keep_ratio=keep_ratio, **settings)
-        tasks[name] = lambda rule=rule: model(**inputs, **call, pruning=rule)
+        tasks[name] = lambda rule=rule: model(**inputs, **PREFILL_ONLY, pruning=rule)
+    for name, task in tasks.items():
         rows.clear()
-        tasks[name]()
+        task()
         passes[name] = sum(rows)
     hook.remove()
-    seconds = interleave(tasks, rounds, device, "blank tiles")
+    seconds = interleave(tasks, rounds, device, what)
     return {
         "family": model.config.stock_model_type(),
+        "what": what,
         "keep_ratio": keep_ratio,
         "tower_passes": passes,
         "median_ms": {name: statistics.median(times) * 1e3 for name, times in seconds.items()},
-        "over_every_tile": {name: ratio(times, seconds["every tile"]) for name, times in seconds.items()},
+        "over_oracle": {name: ratio(times, seconds["oracle"]) for name, times in seconds.items()},
     }
+
+
+EVERY = {"encode_once": False}
+# On noise, what a thumbnail asks for is chance's choice: this model's weights are random.
+OF_TILES = {
+    "every tile": EVERY,
+    "equal tiles once": {},
+    "where needed": {"tiles": "where_needed"},
+    "base": {"tiles": "base"},
+}
+OF_FRAMES = {"every frame": EVERY, "equal frames once": {}, "where needed": {"frames": "where_needed"}}
+
+
+def still_video(model, device: str, noise: float, frames: int = 16, scenes: int = 4) -> dict:
+    """A video in which each scene is held for `frames / scenes` frames under a camera's noise."""
+    generator, side = torch.Generator().manual_seed(0), model.config.vision_config.image_size
+    pictures = torch.randn(scenes, 3, side, side, generator=generator).repeat_interleave(frames // scenes, 0)
+    pixels = pictures + noise * torch.randn(pictures.shape, generator=generator)
+    visual = {"pixel_values_videos": pixels[None].to(device, model.dtype)}
+    ids = prompts([VIDEO] * len(model.model.layouts("video", **visual)[0]), 1, device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
+
+
+def all_empty_parts(model, preset: str, rounds: int, device: str) -> list[dict]:
+    """Of a family with tiles: an image of which all tiles but one are blank; of LLaVA-OneVision, videos that stand
+    still, exactly or under noise."""
+    cases = []
+    if hasattr(model.config, "image_grid_pinpoints") and preset not in FRAMES:
+        cases.append(("blank tiles", build_inputs(model, preset, device, blank=True), OF_TILES))
+    if model.config.stock_model_type() == "llava_onevision":
+        cases += [
+            (f"still video, {name}", still_video(model, device, noise), OF_FRAMES)
+            for name, noise in (("exactly", 0.0), ("under noise", 0.02))
+        ]
+    return [empty_parts(model, inputs, rules, 0.11, rounds, device, what) for what, inputs, rules in cases]
 
 
 def flops(preset: str, family: str, keep_ratio: float) -> dict:
@@ -474,7 +527,9 @@ def scoring(rounds: int, device: str) -> dict:
 
 
 def cache_bytes(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Of keys and values; layers without attention (LFM2's) hold none."""
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def show(figures: tuple[float, float, float]) -> str:
@@ -483,7 +538,9 @@ def show(figures: tuple[float, float, float]) -> str:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    family: Annotated[list[str] | None, typer.Option(help=f"{', '.join(FAMILIES)}; default all of a preset.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join([*FAMILIES, *SHAPES])}; default all of a preset.")
+    ] = None,
     keep_ratio: Annotated[
         list[float] | None, typer.Option(help="Ratios to measure; default 1, .5, .22, .11, .05.")
     ] = None,
@@ -495,6 +552,7 @@ def main(
         str, typer.Option("--clock", help="wall, or cpu: this process's seconds, for a machine that others use too.")
     ] = "wall",
     decoded_too: Annotated[bool, typer.Option("--decoding/--no-decoding", help="Time decoding too.")] = True,
+    emptied: Annotated[bool, typer.Option("--empty/--no-empty", help="Time blank tiles and still videos too.")] = True,
     scored: Annotated[bool, typer.Option("--scoring/--no-scoring", help="Time the scores alone too.")] = True,
     count_flops: Annotated[bool, typer.Option("--flops", help="Count FLOPs of all presets instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")] = None,
@@ -503,6 +561,7 @@ def main(
     if preset not in PRESETS or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"--preset is one of {', '.join(PRESETS)}; --device cuda needs a GPU.")
     families = [FAMILY_OF[preset]] if preset in FAMILY_OF else [name for name in FAMILIES if (name, preset) != SKIPPED]
+    families += SHAPES if preset == "small" else []
     if unknown := set(family or ()) - set(families):
         raise typer.BadParameter(
             f"--family with preset {preset} knows {', '.join(families)}, not {', '.join(unknown)}."
@@ -520,7 +579,12 @@ def main(
         ]  # fmt: skip
         show_flops(console, figures)
         return write(out, {"flops": figures, "torch": torch.__version__, "transformers": transformers.__version__})
-    rows, decoded, blanks = [], [], []
+    chip = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}, {datetime.date.today()}"
+    about = {"machine": machine, "preset": preset, "clock": clock_name, "rounds": rounds}
+    rows, decoded, empty = [], [], []
     for name in family or families:
         model = build_model(name, preset, device)
         for size in batch or [1]:
@@ -529,14 +593,11 @@ def main(
             if decoded_too:
                 speeds = decoding(model, inputs, 0.11, max(3, rounds // 5), device)
                 decoded.append({"family": name, "batch": size, "keep_ratio": 0.11, "tokens_per_second": speeds})
-        if hasattr(model.config, "image_grid_pinpoints") and preset not in FRAMES:
-            blanks.append(blank_tiles(model, preset, 0.11, rounds, device))
+        if emptied and name in FAMILIES:
+            empty += all_empty_parts(model, preset, rounds, device)
         del model
+        write(out, about | {"prefill": rows, "decoding": decoded, "empty_parts": empty})  # as far as it has come
     scores = scoring(rounds, device) if scored else None
-    chip = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}, {datetime.date.today()}"
     table = Table(
         title=f"Prefill, preset {preset}, {machine}\nmedians of {rounds} rounds, [95% interval of the median ratio]"
     )
@@ -565,18 +626,17 @@ def main(
             f"{row['family']}, batch {row['batch']}: {speeds['stock']:.1f} tokens a second decoded by stock, "
             f"{speeds['pruned']:.1f} pruned to {row['keep_ratio']}"
         )
-    for row in blanks:
-        console.print(f"{row['family']}, tiles blank but one, keep_ratio {row['keep_ratio']}:")
-        for name, figures in row["over_every_tile"].items():
+    for row in empty:
+        console.print(f"{row['family']}, {row['what']}, keep_ratio {row['keep_ratio']}:")
+        for name, figures in row["over_oracle"].items():
             passes, spent = row["tower_passes"][name], row["median_ms"][name]
-            console.print(f"  {name}: {passes} passes of the tower, {spent:.0f} ms, {show(figures)} of every tile's")
+            console.print(f"  {name}: {passes} passes of the tower, {spent:.0f} ms, {show(figures)} of the oracle's")
     if scores is not None:
         console.print("Scoring 2880 x 4096 against 969 prototypes, float32:")
         for name in ("score_over_product", "transcription_over_score", "flattened_transcription_over_score"):
             console.print(f"  {name.replace('_', ' ')}: {show(scores[name])}")
         console.print("  " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in scores["median_ms"].items()))
-    about = {"machine": machine, "preset": preset, "clock": clock_name, "rounds": rounds}
-    write(out, about | {"prefill": rows, "decoding": decoded, "blank_tiles": blanks, "scoring": scores})
+    write(out, about | {"prefill": rows, "decoding": decoded, "empty_parts": empty, "scoring": scores})
 
 
 def show_flops(console: Console, figures: list[dict]) -> None:
