@@ -14,7 +14,7 @@ from transformers_rbl.models.tower import received_attention
 from transformers_rbl.models.tower_views import distinct, up_to_layer
 
 
-FAMILIES = ("llava", "llava_next", "llava_next_video")
+FAMILIES = ("llava", "llava_next", "llava_next_video", "vipllava")
 
 
 def encoder_of(model: Any) -> Any:
@@ -45,7 +45,7 @@ def test_layers_behind_the_selected_one_are_not_run(kits, name: str, monkeypatch
     assert layers_run(model, lambda: answers.append(model(**inputs))) == list(range(depth - 1))
     assert len(encoder_of(model).layers) == depth
     assert dict(vars(model.base_model)) == before
-    monkeypatch.setattr(LlavaFamily, "stopped", Family.stopped)
+    monkeypatch.setattr(type(model.family), "stopped", Family.stopped)
     assert layers_run(model, lambda: answers.append(model(**inputs))) == list(range(depth))
     short, whole = answers
     assert torch.equal(short.logits, whole.logits)

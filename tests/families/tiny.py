@@ -550,7 +550,7 @@ CASES: dict[str, Case] = {
         Case(
             "vipllava",
             _config("VipLlavaConfig", vision_config=CLIP, text_config=_text("LlamaConfig"),
-                    vision_feature_layers=[-2, -1], **OLD_IMAGE_ID),
+                    vision_feature_layers=[-3, -2], **OLD_IMAGE_ID),
             tiles(64, 56), ONE_TILE,
         ),
         Case(

@@ -13,7 +13,14 @@ import torch
 
 from .family import CHUNKS, COPIES, UNTYPED, VIDEOS, Arguments, Family, grid_side
 from .layout import BASE, PATCH, VisualLayout
-from .llava_family import LlavaFamily, LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily, cls_cosines
+from .llava_family import (
+    LlavaFamily,
+    LlavaNextFamily,
+    LlavaNextVideoFamily,
+    LlavaOnevisionFamily,
+    cls_cosines,
+    stopped_behind,
+)
 from .seam import PIXELS
 
 
@@ -150,6 +157,10 @@ class PerceptionLMFamily(Family):
 @dataclass(frozen=True)
 class VipLlavaFamily(Family):
     """VipLLaVA: as LLaVA-1.5, but several layers of the tower make a visual token."""
+
+    def stopped(self, model: Any, arguments: Arguments) -> tuple[Any, Arguments]:
+        renamed = "vision_feature_layers" in (model.config.attribute_map or {})  # by newer releases
+        return stopped_behind(model, arguments, "vision_feature_layer" if renamed else "vision_feature_layers")
 
     def has_cls(self, model: Any) -> bool:
         return any(name.endswith("class_embedding") for name, _ in model.vision_tower.named_parameters())

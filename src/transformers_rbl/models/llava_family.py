@@ -63,17 +63,7 @@ class LlavaFamily(Family):
         return [VisualLayout(kinds[:, 0].round().long(), grid=shape) for kinds, shape in zip(packed, shapes)]
 
     def stopped(self, model: Any, arguments: Arguments) -> tuple[Any, Arguments]:
-        selected = arguments.get("vision_feature_layer")
-        selected = model.config.vision_feature_layer if selected is None else selected
-        depth = getattr(model.config.vision_config, "num_hidden_layers", None)
-        if depth is None or arguments.get("output_hidden_states") or arguments.get("output_attentions"):
-            return model, arguments
-        layers = [layer if layer >= 0 else depth + 1 + layer for layer in layer_list(selected)]
-        view = up_to_layer(model, max(layers))
-        if view is model:
-            return model, arguments
-        # Counted from the front, where a shorter tower's are the same.
-        return view, {**arguments, "vision_feature_layer": layers[0] if isinstance(selected, int) else layers}
+        return stopped_behind(model, arguments, "vision_feature_layer")
 
     def encode_base(self, model: Any, arguments: Arguments, layouts: list[VisualLayout]) -> Any:
         """By the code of LLaVA-1.5, which has no tiles."""
@@ -365,6 +355,21 @@ def with_frames(arguments: Arguments, indices: list[list[int]]) -> Arguments:
 def layer_list(layers: int | list[int]) -> list[int]:
     """`vision_feature_layer`, which may be one index or several."""
     return [layers] if isinstance(layers, int) else list(layers)
+
+
+def stopped_behind(model: Any, arguments: Arguments, name: str) -> tuple[Any, Arguments]:
+    """[`Family.stopped`] where config and argument `name` the layer, or the layers, that are read."""
+    given = arguments.get(name)
+    selected = getattr(model.config, name) if given is None else given
+    depth = getattr(model.config.vision_config, "num_hidden_layers", None)
+    if depth is None or arguments.get("output_hidden_states") or arguments.get("output_attentions"):
+        return model, arguments
+    layers = [layer if layer >= 0 else depth + 1 + layer for layer in layer_list(selected)]
+    view = up_to_layer(model, max(layers))
+    if view is model:
+        return model, arguments
+    # Counted from the front, where a shorter tower's are the same.
+    return view, {**arguments, name: layers[0] if isinstance(selected, int) else layers}
 
 
 def cls_cosines(hidden_states: Any, layers: int | list[int]) -> torch.Tensor:

@@ -50,6 +50,8 @@ def max_cosine(tokens: torch.Tensor, unit_prototypes: torch.Tensor, block_elemen
         `torch.Tensor` of shape `(L,)`. A zero token scores 0.
     """
     rows = max(1, block_elements // len(unit_prototypes))
+    if tokens.device.type == "cpu":  # a product that stays in the cache is up to a third faster
+        rows = min(rows, 1024)
     # The token's norm divides out of the maximum: one pass over L numbers instead of a normalised copy of the tokens.
     # Prototypes on the left: the faster order of the product on CPUs (docs/results/prefill.md).
     largest = torch.cat([(unit_prototypes @ block.T).amax(dim=0) for block in tokens.split(rows)])
