@@ -49,7 +49,8 @@ absent, and other families raise, naming these (`allow_untested=True` tries).
 - **`tiles="base"`**: an image in tiles comes with a thumbnail, and the tower may see it alone; blank where images have
   no tiles. It raises where nothing tells which tile is the thumbnail.
 - **\\[cls\\]**: `score="cls_similarity_low"` and `"cls_similarity_high"` work on towers that have the token.
-- **Positions**: 1-D positions close up; with m-RoPE a token that stays keeps its time, row and column.
+- **Positions**: 1-D ones close up, unless `keep_positions=True`; with m-RoPE a token that stays keeps its time, row and
+  column.
 - **Builder**: `rbl build` can probe it, on an image in one piece whose tokens lie in a grid.
 - **vLLM**: `vllm serve` takes its checkpoints as they are saved.
 - **Raises**: what the stock class answers wrongly or not at all, so that the pruned class refuses it in one sentence.

@@ -264,6 +264,7 @@ def test_nothing_to_look_at_gets_a_sentence(family, pruned, tmp_path):
         ({"threshold": 0.5, "score": "softmax"}, "softmax, threshold 0.5"),
         ({"keep_ratio": 0.3, "tiles": "base", "newlines": "last"}, "cosine, keep_ratio 0.3, newlines last, tiles base"),
         ({"keep_ratio": 0.3, "score": "random", "seed": 4}, "random, keep_ratio 0.3, seed 4"),
+        ({"keep_ratio": 0.3, "keep_positions": True}, "cosine, keep_ratio 0.3, keep_positions True"),
         (
             {"threshold": 0.5, "min_tokens": 8, "per_frame": False},
             "cosine, threshold 0.5, min_tokens 8, per_frame False",

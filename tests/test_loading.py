@@ -170,7 +170,14 @@ def test_the_codebook_survives_low_precision(family, pruned, tmp_path, saved, dt
 
 def test_all_settings_survive(family, pruned, tmp_path):
     settings = PruningConfig(
-        threshold=0.4, score="double_softmax", min_tokens=5, newlines="row", tiles="base", per_frame=False, seed=3
+        threshold=0.4,
+        score="double_softmax",
+        min_tokens=5,
+        newlines="row",
+        tiles="base",
+        keep_positions=True,
+        per_frame=False,
+        seed=3,
     )
     model = family.pruned(keep_ratio=None, pruning=settings)
     model.config.full_length_logits = True

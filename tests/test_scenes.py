@@ -358,7 +358,7 @@ def test_answers_in_one_pass_are_those_of_generate():
     encoded = comparing.Encoded(model, examples)
     for pruning in (comparing.OFF, model.config.pruning):
         rule = comparing.keep_all if pruning is comparing.OFF else comparing.library_rule(pruning)
-        right = comparing.ask(model, processor.tokenizer, [encoded], rule)["right"]
+        right = comparing.ask(model, processor.tokenizer, [encoded], rule, pruning is not comparing.OFF)["right"]
         for example, bits in zip(examples, right):
             for (_, question, answer), bit in zip(example.questions, bits):
                 prompt = prompt_text(processor, example.prompt(question), 1)

@@ -88,6 +88,7 @@ def test_settings_whose_count_depends_on_the_image_are_refused_with_the_way_out(
         assert "needs cls_attention of the vision tower" in refusal(config, keep_ratio=0.2, score=score)
     assert "reads the question" in refusal(config, keep_ratio=0.2, score="cdpruner")
     assert "depends on the video" in refusal(config, keep_ratio=0.2, frames="where_needed")
+    assert "numbers tokens one after the other" in refusal(config, keep_ratio=0.2, keep_positions=True)
     assert "Unknown pruning setting" in refusal(config, keep_ratio=0.2, colour="red")
     config.num_prototypes = None
     assert "holds no codebook" in refusal(config, keep_ratio=0.2)

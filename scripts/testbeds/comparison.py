@@ -38,7 +38,7 @@ def accuracy(
     renumber: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Which answers are right, `(examples, questions)` bool, and each example's mask of the tokens kept. With
-    `renumber`, kept tokens of an image with rows and columns are numbered as text is."""
+    `renumber`, kept tokens of an image with places are numbered as text is."""
     right, masks = [], []
     for start in range(0, len(encoded), BATCH):
         part = encoded[start : start + BATCH]

@@ -1,5 +1,5 @@
-"""Which positions kept visual tokens get, in a model whose images have rows and columns (m-RoPE): those that they had,
-or new ones, counted one after the other as if the image were text of that length.
+"""Which positions kept visual tokens get: those that they had in the whole prompt (of rows and columns in a model with
+m-RoPE, else of places), or new ones, counted one after the other as if the image were text of that length.
 
 python scripts/testbeds compare-positions MODEL --codebook FOLDER --out positions.json
 """
@@ -28,7 +28,7 @@ RETENTIONS = (0.5, 0.33, 0.15, 0.05)
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A testbed checkpoint with m-RoPE.")],
+    model: Annotated[Path, typer.Argument(help="A testbed checkpoint.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     codebook: Annotated[Path | None, typer.Option(help="A folder; without one, tokens are kept by oracle.")] = None,
     kind: Kind = "image",
@@ -43,8 +43,8 @@ def main(
     loaded = rbl_class(model).from_pretrained(model, pruning={"enabled": False}, dtype="float32").eval()
     family, tokenizer = family_of(loaded.config), AutoTokenizer.from_pretrained(model)
     encoded = encode_all(loaded, list(testbed.examples(family, kind, split, count, seed)))
-    if encoded[0].images[0].places is None:
-        raise typer.BadParameter(f"{family} numbers its visual tokens one after the other: it has no other positions.")
+    for item in encoded:
+        item.images = [image.numbered() for image in item.images]
     rules = [("unpruned", 1.0, keep_all)]
     for ratio in RETENTIONS:
         if codebook is not None:

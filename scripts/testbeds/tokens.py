@@ -23,7 +23,7 @@ class Visual:
         tokens (`torch.Tensor` of shape `(n, d)`).
         views (`tuple[torch.Tensor, ...]`): of the same shape, what deepstack adds to the language model's first layers.
         places (`torch.LongTensor` of shape `(3, n)`, *optional*): time, row and column for m-RoPE, from the image's
-            first token; None where tokens are numbered one after the other.
+            first token, or three times the place in the image; None where what is left is numbered one after the other.
         extent (`int`): with `places`, how far after the image's first token the text goes on.
     """
 
@@ -39,6 +39,14 @@ class Visual:
         """What stays of it, at the places it had; the text stays where it was."""
         places = None if self.places is None else self.places[:, mask]
         return replace(self, tokens=self.tokens[mask], views=tuple(view[mask] for view in self.views), places=places)
+
+    def numbered(self) -> Visual:
+        """With places in the whole image, so that what stays of it keeps them."""
+        return (
+            self
+            if self.places is not None
+            else replace(self, places=torch.arange(len(self)).expand(3, -1), extent=len(self))
+        )
 
     def renumbered(self) -> Visual:
         """One after the other, as if there were no gaps and no rows."""

@@ -20,7 +20,7 @@ class State:
         types (`torch.LongTensor` of shape `(1, n)`): 0 text, 1 image, 2 video.
         told (`torch.LongTensor` of shape `(1, n)`): what stock is told of it.
         places (`list[int]`): positions in the unpruned prompt.
-        positions (`torch.LongTensor` of shape `(3, 1, n)`, *optional*): m-RoPE.
+        positions (`torch.LongTensor` of shape `(3, 1, n)` or `(1, n)`, *optional*): m-RoPE, or places with gaps.
         deepstack (`list[torch.Tensor]`): per layer `(visual tokens, d)`.
     """
 
@@ -67,7 +67,14 @@ class Oracle:
         return features
 
     @torch.no_grad()
-    def prepare(self, prompt: Prompt, ratio: float, first_turn: int | None = None, newlines: str = "all") -> State:
+    def prepare(
+        self,
+        prompt: Prompt,
+        ratio: float,
+        first_turn: int | None = None,
+        newlines: str = "all",
+        keep_positions: bool = False,
+    ) -> State:
         """The compact prompt. What stands behind the `first_turn` positions was said later."""
         inputs = self.case.inputs([prompt])
         ids = inputs["input_ids"][0]
@@ -103,7 +110,7 @@ class Oracle:
                     number += 1
                 place += 1
             used[item.modality] += len(item)
-        positions = None
+        positions = torch.tensor([places]) if keep_positions else None
         if hasattr(self.stock.model, "get_rope_index"):
             grids = {name: value for name, value in inputs.items() if name.endswith("grid_thw")}
             known = {"mm_token_type_ids": inputs["mm_token_type_ids"], "attention_mask": inputs["attention_mask"]}
@@ -134,6 +141,8 @@ class Oracle:
     def logits(self, state: State) -> torch.Tensor:
         """`(n, vocabulary)` of a full pass."""
         arguments: dict[str, Any] = {} if state.positions is None else {"position_ids": state.positions}
+        if state.positions is not None and state.positions.ndim == 2:  # one sequence, not packed ones
+            arguments["attention_mask"] = torch.ones_like(state.ids)
         if state.deepstack:
             hidden = self.stock.get_decoder()(
                 inputs_embeds=state.embeds, visual_pos_masks=state.types > 0, deepstack_visual_embeds=state.deepstack,
@@ -143,7 +152,10 @@ class Oracle:
         if self.case.model_type == "gemma3n":  # older stock classes take no per-layer inputs beside embeddings
             decoder, cap = self.stock.get_decoder(), self.stock.config.get_text_config().final_logit_softcapping
             hidden = decoder(
-                inputs_embeds=state.embeds, per_layer_inputs=decoder.get_per_layer_inputs(state.ids), use_cache=False
+                inputs_embeds=state.embeds,
+                per_layer_inputs=decoder.get_per_layer_inputs(state.ids),
+                use_cache=False,
+                **arguments,
             ).last_hidden_state
             return (cap * torch.tanh(self.stock.lm_head(hidden) / cap))[0]
         if self.case.types:
@@ -161,7 +173,7 @@ class Oracle:
         positions = state.positions
         if positions is not None:
             after = positions[..., -1].max() + 1 + torch.arange(len(words))
-            positions = torch.cat([positions, after.expand(3, 1, -1)], -1)
+            positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         return replace(
             state,
             embeds=torch.cat([state.embeds, self.stock.get_input_embeddings()(ids)], 1),

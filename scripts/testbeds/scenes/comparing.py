@@ -100,16 +100,26 @@ def with_codebook(book: RedundancyCodebook, ratio: float) -> Rule:
     return choose
 
 
+def at_own_places(tokens: torch.Tensor, mask: torch.Tensor) -> Visual:
+    """The tokens `(kept, d)` of one image where the whole image has them, which `mask` `(n,)` tells; text behind it."""
+    return Visual(tokens, places=mask.nonzero()[:, 0].expand(3, -1), extent=len(mask))
+
+
 @torch.no_grad()
 def ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batches: Sequence[Encoded], rule: Rule
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Sequence[Encoded],
+    rule: Rule,
+    own_positions: bool = False,
 ) -> dict[str, Any]:
     """Per example, a digit for each question (1 for an answer that is right word for word), what was kept, and of the
-    patches that show things the share kept."""
+    patches that show things the share kept. Positions are closed up, as the library does, or each token's own."""
     right, kept, things = [], [], []
     for encoded in batches:
         tokens, masks = rule(encoded)
-        bits = answer(model, tokenizer, [[Visual(image)] for image in tokens], encoded.examples)[2]
+        images = map(at_own_places, tokens, masks) if own_positions else map(Visual, tokens)
+        bits = answer(model, tokenizer, [[image] for image in images], encoded.examples)[2]
         right += ["".join(str(int(bit)) for bit in row) for row in bits]
         kept.append(masks.float().mean())
         shown = torch.stack(
@@ -158,6 +168,9 @@ def main(
     ] = None,
     score: Annotated[list[str] | None, typer.Option(help="Rules of the library beside the codebook; repeat.")] = None,
     retention: Annotated[list[float] | None, typer.Option(help="Repeat.")] = None,
+    own_positions: Annotated[
+        bool, typer.Option("--own-positions", help="Kept tokens keep their positions instead of closing up.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Accuracy of the scenes model under the library's rules, an oracle and no image."""
@@ -189,6 +202,8 @@ def main(
         "thing_tokens": round(float(np.mean([(example.labels[0] < len(CONCEPTS)).mean() for example in examples])), 4),
         "prototypes": {name: len(book.prototypes) for name, book in books.items()},
     }
+    if own_positions:
+        about["positions"] = "own"
     content = json.loads(out.read_text()) if out.is_file() else {"about": about, "results": []}
     if content["about"] != about:
         raise typer.BadParameter(f"{out} is about other examples, or another model: {content['about']}.")
@@ -197,7 +212,9 @@ def main(
     for name, wanted, rule in tqdm(rules, unit="rule"):
         if (name, wanted) in known:
             continue
-        content["results"].append({"rule": name, "wanted": wanted, **ask(model, tokenizer, batches, rule)})
+        content["results"].append(
+            {"rule": name, "wanted": wanted, **ask(model, tokenizer, batches, rule, own_positions)}
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content) + "\n")
     for row in content["results"]:

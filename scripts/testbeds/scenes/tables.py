@@ -98,6 +98,21 @@ def differences(results: Results, main: str) -> list[str]:
     return lines
 
 
+def gains(results: Results, closed: Results) -> list[str]:
+    """What kept positions add to the accuracy of each rule, in points."""
+    lines = head("own positions minus closed up, in points", results.retentions)
+    for name in results.names:
+        cells = []
+        for ratio in results.retentions:
+            if (name, ratio) not in results.rows or (name, ratio) not in closed.rows:
+                cells.append("")
+                continue
+            gap = results.scenes(name, ratio) - closed.scenes(name, ratio)
+            cells.append(percent(gap.mean(), *bootstrap_interval(gap), sign="+"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def things_kept(results: Results) -> list[str]:
     lines = head("share of the things' patches kept", results.retentions)
     for name in results.names:
@@ -124,6 +139,9 @@ def main(
     picture: Annotated[Path | None, typer.Option("--plot", help="Picture to write.")] = None,
     title: Annotated[str, typer.Option()] = "Scenes, SmolLM2-135M",
     without: Annotated[str | None, typer.Option(help="A kind of question to leave out of the tables.")] = None,
+    closed: Annotated[
+        Path | None, typer.Option(help="A file about the same scenes with positions closed up, to compare with.")
+    ] = None,
 ) -> None:
     """Print the Markdown tables of docs/results/scenes.md, and draw accuracy against retention."""
     read_results = Results(results, without)
@@ -131,6 +149,8 @@ def main(
     parts = [[summary(read_results)], shares(read_results)]
     if codebooks:
         parts.append(differences(read_results, codebooks[0]))
+    if closed is not None:
+        parts.append(gains(read_results, Results(closed, without)))
     parts += [things_kept(read_results), kinds(read_results)]
     print("\n\n".join("\n".join(part) for part in parts))
     if picture is not None:

@@ -49,8 +49,11 @@ def evaluate(
     ] = None,
     keep_ratio: Annotated[list[float] | None, typer.Option(help="Ratios, for every score. Repeat.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Cosine thresholds. Repeat.")] = None,
-    tiles: Annotated[str, typer.Option(help="all or base.")] = "all",
+    tiles: Annotated[str, typer.Option(help="all, base or where_needed.")] = "all",
     newlines: Annotated[str, typer.Option(help="all, row or last.")] = "all",
+    keep_positions: Annotated[
+        bool, typer.Option("--keep-positions", help="What stays keeps its positions; by default gaps close.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of score random.")] = 0,
     metric: Annotated[
         list[str] | None, typer.Option(help="exact, normalised, choice, yes_no; default normalised.")
@@ -85,14 +88,15 @@ def evaluate(
     every = "all" in (score or ())
     if every and len(score or ()) > 1:
         raise ValueError("--score all takes every score: leave the others out.")
+    shared = {"tiles": tiles, "newlines": newlines, "keep_positions": keep_positions, "seed": seed}
     rules = [
-        PruningConfig(keep_ratio=ratio, score=name, merge=merging, tiles=tiles, newlines=newlines, seed=seed)
+        PruningConfig(keep_ratio=ratio, score=name, merge=merging, **shared)
         for name in (SCORERS if every else score or ["cosine"])
         for merging in merge or ["none"]
         for ratio in ratios
     ]
     rules += [
-        PruningConfig(threshold=value, merge=merging, tiles=tiles, newlines=newlines, seed=seed)
+        PruningConfig(threshold=value, merge=merging, **shared)
         for merging in merge or ["none"]
         for value in threshold or ()
     ]

@@ -56,7 +56,8 @@ class RBL(lmms):
         pretrained (`str`): folder or Hub id of a checkpoint, stock or saved by our classes.
         codebook, codebook_revision (`str`, *optional*): see [`~RBLMixin.from_pretrained`].
         keep_ratio, threshold (`float`, *optional*): one of them, in place of the checkpoint's settings.
-        score, merge, newlines, tiles, frames, min_tokens: see [`PruningConfig`]; they need `keep_ratio` or `threshold`.
+        score, merge, newlines, tiles, frames, keep_positions, min_tokens: see [`PruningConfig`]; they need `keep_ratio`
+            or `threshold`.
         prune (`bool`, defaults to `True`): `False` gives the stock model's answers.
         check_base (`bool`, defaults to `True`): refuse a codebook made for another base model.
         revision (`str`, *optional*): of the checkpoint.
@@ -87,6 +88,7 @@ class RBL(lmms):
         newlines: str | None = None,
         tiles: str | None = None,
         frames: str | None = None,
+        keep_positions: bool | None = None,
         min_tokens: int | None = None,
         prune: bool = True,
         check_base: bool = True,
@@ -121,6 +123,7 @@ class RBL(lmms):
             "newlines": newlines,
             "tiles": tiles,
             "frames": frames,
+            "keep_positions": keep_positions,
             "min_tokens": min_tokens,
         }
         asked = {name: value for name, value in asked.items() if value is not None}

@@ -43,6 +43,10 @@ def served_pruning(config: PreTrainedConfig) -> PruningConfig:
             f"keeps the accuracy; save it in the checkpoint, or {override}. Or choose the tokens outside: switch "
             "pruning off and send image_embeds (docs/guide/serving.md)."
         )
+    if pruning.keep_positions and not family_class(config.model_type).headless.family.mrope:
+        raise ValueError(
+            f"keep_positions=True leaves gaps, and an engine numbers tokens one after the other: {override}."
+        )
     if pruning.newlines == "row":
         raise ValueError(
             'newlines="row" keeps a number of row ends that depends on the image, and an engine must know it before '

@@ -17,6 +17,7 @@ from .modeling_rbl import RBLMixin
 from .needed import encoded_alone, looking, needed_tiles, new_frames, rule_for
 from .pruning import PruningConfig
 from .seam import (
+    GAPS,
     MASKS,
     MODALITIES,
     NEWLINES,
@@ -387,6 +388,8 @@ class RBLModelMixin(RBLMixin):
         outputs[MASKS[modality]] = masks
         if self.family.row_marks:  # they are text, which leaves the prompt later
             outputs[NEWLINES] = rules[0].newlines
+        if rules[0].keep_positions and not self.family.mrope:  # where m-RoPE keeps them by itself
+            outputs[GAPS] = True
 
 
 def encoders(headless: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class CachedPrompt:
         input_ids (`torch.LongTensor` of shape `(batch, L)`, *optional*): original ids; None if they are not known.
         kept (`torch.BoolTensor` of shape `(batch, L)`): original positions that are in the cache.
         mask (`torch.BoolTensor` of shape `(batch, compact)`): cache entries that hold a token (the rest is padding).
-        dropped (`torch.LongTensor` of shape `(batch,)`): visual tokens dropped, per row.
+        dropped (`torch.LongTensor` of shape `(batch,)`): visual tokens dropped, per row, behind which positions closed.
         next_position (`torch.LongTensor` of shape `(batch,)`): position of the token after the last entry.
         last_keys (`torch.Tensor` of shape `(batch, head_dim)`, *optional*): of the last entry, to know rows again.
     """

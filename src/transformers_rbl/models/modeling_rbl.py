@@ -23,6 +23,7 @@ from .prompt import PromptPlan, PromptReading, check_placeholders, full_length, 
 from .pruning import PruningConfig
 from .seam import (
     ALONG,
+    GAPS,
     MASKS,
     MODALITIES,
     NEWLINES,
@@ -186,10 +187,15 @@ class RBLMixin(LoadingMixin):
             dropped = dropped | self._dropped_row_marks(slots, dropped, features)
         plan, prompt_mask = None, torch.ones_like(dropped)
         own_positions = call.position_ids is not None and call.position_ids.ndim == 3
+        gaps = {output.get(GAPS, False) for m, output in features.items() if MASKS[m] in output}
+        if len(gaps) > 1:
+            raise ValueError(
+                "keep_positions differs between the images and the videos of this prompt: prune both alike."
+            )
         if past.memory is not None or any(lost) or own_positions or marked:
             # How many tokens of a partly hidden image stay, and marks of its rows, is for the device to say.
             lost = None if reading.hidden or marked else lost
-            plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory, reading, lost)
+            plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory, reading, lost, gaps == {True})
             if reading.hidden:
                 features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)
@@ -305,7 +311,8 @@ class RBLMixin(LoadingMixin):
     def _compact(self, call: Call, plan: PromptPlan) -> None:
         """Take dropped placeholders out of everything in the call that runs along the prompt."""
         length = plan.kept.shape[1]
-        if call.attention_mask is not None or not plan.is_full:
+        # Beside positions with gaps a mask says that sequences are not packed.
+        if call.attention_mask is not None or not plan.is_full or plan.keeps_positions:
             dtype = torch.long if call.attention_mask is None else call.attention_mask.dtype
             call.attention_mask = plan.attention_mask.to(dtype)
         if isinstance(call.rows, torch.Tensor):

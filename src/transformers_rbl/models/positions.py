@@ -8,7 +8,7 @@ from .prompt import PromptPlan
 
 
 def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions of the tokens that stay.
+    """Positions of the tokens that stay. With `plan.keeps_positions` those of the unpruned prompt.
 
     Args:
         plan ([`PromptPlan`]): which ones.
@@ -21,6 +21,12 @@ def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> to
         Positions `(batch, compact)` or `(3 or 4, batch, compact)`. Without `position_ids` the cache's go on; None where
         there is no cache, since a language model then counts by itself.
     """
+    if plan.keeps_positions and (position_ids is None or position_ids.ndim == 2):
+        if position_ids is None:
+            first = plan.past.next_position + plan.decoded.sum(-1)
+            position_ids = first[:, None] + (plan.kept | plan.dropped).long().cumsum(-1) - 1
+            return plan.take(position_ids)
+        return plan.take(position_ids.expand(len(plan.index), -1) - plan.past.dropped[:, None])
     if position_ids is None:
         if plan.index.numel() == 0 or plan.attention_mask.shape[1] == plan.mask.shape[1]:
             return None

@@ -84,6 +84,7 @@ class PromptPlan:
         reading ([`PromptReading`], *optional*): what the host has read of the prompt.
         lost (`list[int]`, *optional*): attended visual tokens that leave each row. With `reading` this tells all that
             the host needs, and the device is asked for nothing.
+        keeps_positions (`bool`): positions do not close up where tokens leave.
 
     Attributes:
         kept (`torch.BoolTensor` of shape `(batch, n)`): attended and not dropped.
@@ -106,9 +107,11 @@ class PromptPlan:
         memory: CachedPrompt | None = None,
         reading: PromptReading | None = None,
         lost: list[int] | None = None,
+        keeps_positions: bool = False,
     ):
         batch, length = dropped.shape
         reading = reading or PromptReading(attention_mask, (batch, length), start=start)
+        self.keeps_positions = keeps_positions
         self.past = memory or CachedPrompt.empty(batch, dropped.device)
         if attention_mask is None:
             attended = torch.ones(batch, start + length, dtype=torch.bool, device=dropped.device)
@@ -141,7 +144,7 @@ class PromptPlan:
             input_ids=input_ids,
             kept=torch.cat([self.past.kept, self.decoded, self.kept], dim=1),
             mask=self.attention_mask,
-            dropped=self.past.dropped + self.dropped.sum(-1),
+            dropped=self.past.dropped + (0 if self.keeps_positions else self.dropped.sum(-1)),
             next_position=next_position,
         )
 

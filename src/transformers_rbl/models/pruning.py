@@ -57,6 +57,9 @@ class PruningConfig:
             encoded; all tokens of the others are dropped, and theirs of the budget goes to those that were. The number
             that stays then depends on the pixels. Needs `keep_ratio`; where that keeps all tokens, all frames are
             encoded.
+        keep_positions (`bool`, defaults to `False`): what stays of an image, and the text behind it, has the positions
+            that it has in the unpruned prompt; by default gaps close, as upstream. Families with m-RoPE positions
+            always keep them.
         per_frame (`bool`, defaults to `True`): score and count each video frame by itself, not the video as a whole.
         seed (`int`, defaults to 0): draw of `score="random"`: a token's score depends on it, on the token's place in
             its image and on the frame, so that an image keeps the same tokens in any batch.
@@ -77,6 +80,7 @@ class PruningConfig:
     newlines: str = "all"
     tiles: str = "all"
     frames: str = "all"
+    keep_positions: bool = False
     per_frame: bool = True
     seed: int = 0
     encode_once: bool = True
@@ -119,7 +123,7 @@ class PruningConfig:
                 "frames='where_needed' hands what is left of a budget to other frames, and a threshold has none: give "
                 "keep_ratio."
             )
-        for name in ("per_frame", "encode_once", "enabled"):
+        for name in ("keep_positions", "per_frame", "encode_once", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
 

@@ -45,6 +45,8 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 MASKS = {"image": "keep_masks", "video": "video_keep_masks"}
 # In a family whose rows end with a mark in text: what the settings that features were pruned under say of row ends.
 NEWLINES = "newlines"
+# In a family that numbers tokens one after the other: whether these settings leave gaps where tokens were.
+GAPS = "keep_positions"
 # Parts of encoded features: the tokens, and further views of the same tokens, which lose what the tokens lose; what a
 # stock forward reads besides; and what none reads.
 TOKENS, VIEWS = "pooler_output", ("deepstack_features",)
@@ -441,7 +443,7 @@ def read_by_stock(features: Any, counted: int | None = None) -> Any:
     Raises:
         ValueError: for a part of which it is not known whether it goes with the tokens.
     """
-    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values(), NEWLINES)
+    known = (TOKENS, *VIEWS, *ASIDE, *UNREAD, *MASKS.values(), NEWLINES, GAPS)
     if unknown := [name for name in features if name not in known]:
         raise ValueError(
             f"The visual features of {installed()} come with {', '.join(unknown)}, and this version of transformers_rbl"

@@ -1,0 +1,73 @@
+"""`keep_positions=True`: what stays keeps the positions of the unpruned prompt, in every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_rbl import PruningConfig
+from transformers_rbl.models.seam import CACHE
+
+from .conftest import ALL, GREEDY, RATIO, Answer, Kit, generated, same
+from .tiny import EOS, SPECIAL, words
+
+
+OWN = PruningConfig(keep_ratio=RATIO, keep_positions=True)
+FOUR = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [*SPECIAL, EOS]}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def test_forward_equals_stock_at_the_positions_of_the_unpruned_prompt(kit: Kit):
+    for prompt in (kit.one, kit.two):
+        inputs = kit.inputs(prompt)
+        state = kit.oracle.prepare(prompt, RATIO, keep_positions=True)
+        for settings in ({}, {"use_cache": False}, {"attention_mask": None}):
+            output = kit.model(**inputs | settings, pruning=OWN)
+            torch.testing.assert_close(output.logits[0], kit.oracle.logits(state), atol=2e-4, rtol=0)
+
+
+def test_it_changes_what_closing_up_gives_but_for_mrope(kit: Kit):
+    closed, own = (kit.model(**kit.inputs(kit.one), pruning=rule).logits for rule in ({"keep_ratio": RATIO}, OWN))
+    assert torch.equal(closed, own) == kit.model.family.mrope
+    keep_all = PruningConfig(keep_ratio=1.0, keep_positions=True)
+    logits = [kit.model(**kit.inputs(kit.one), pruning=rule).logits for rule in (ALL, keep_all)]
+    assert torch.equal(*logits)
+
+
+def test_generate_equals_the_oracle_and_a_batch_its_prompts(kit: Kit):
+    prompts = [kit.one, kit.two, kit.text]
+    single = [generated(kit.model, kit.inputs(prompt), pruning=OWN)[0] for prompt in prompts]
+    for prompt, answer in zip(prompts, single):
+        state = kit.oracle.prepare(prompt, RATIO, keep_positions=True)
+        same([answer], [Answer(*kit.oracle.greedy(state))])
+    same(generated(kit.model, kit.inputs(*prompts), pruning=OWN), single)
+
+
+def test_a_second_turn_on_the_cache_equals_the_whole_conversation(kit: Kit):
+    if kit.case.prefix:
+        pytest.skip("What is said later is marked otherwise in this family.")
+    inputs = kit.inputs(kit.one)
+    first = kit.model.generate(**inputs, **FOUR, pruning=OWN, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, torch.tensor([words(3, 7)])], 1)
+    along = {name: value for name, value in inputs.items() if name in ("token_type_ids", "mm_token_type_ids")}
+    along = {n: torch.nn.functional.pad(v, (0, more.shape[1] - v.shape[1])) for n, v in along.items()}
+    visual = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask", *along)}
+    call: dict[str, Any] = {"input_ids": more, "attention_mask": torch.ones_like(more), **along, **GREEDY}
+    whole = kit.model.generate(**call, **visual, pruning=OWN)
+    assert torch.equal(kit.model.generate(**call, **visual, **{CACHE: first[CACHE]}, pruning=OWN), whole)
+
+
+def test_positions_of_the_user_keep_their_gaps_too(kit: Kit):
+    if kit.model.family.mrope:
+        pytest.skip("Positions in three dimensions are tested with the contracts.")
+    inputs = kit.inputs(kit.one)
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    given = kit.model(**inputs, position_ids=positions, pruning=OWN).logits
+    torch.testing.assert_close(given, kit.model(**inputs, pruning=OWN).logits, atol=1e-5, rtol=0)
