@@ -138,7 +138,9 @@ def _processor(name: str) -> transformers.ProcessorMixin:
         patch = 7 if name == "qwen2_5_vl" else 8
         area = (2 * patch) ** 2
         size = {"shortest_edge": 4 * area, "longest_edge": 24 * area}
-        images = _image_processor("Qwen2VL", patch_size=patch, merge_size=2, temporal_patch_size=2, size=size)
+        # Of images as of videos, like released checkpoints: Qwen3-VL's are halves.
+        halves = {} if name == "qwen2_5_vl" else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        images = _image_processor("Qwen2VL", patch_size=patch, merge_size=2, temporal_patch_size=2, size=size, **halves)
         if name == "qwen2_5_vl":
             return Qwen2_5_VLProcessor(images, _tokenizer(name, named), Qwen2VLVideoProcessor(patch_size=7), **common)
         return Qwen3VLProcessor(images, _tokenizer(name, named), Qwen3VLVideoProcessor(patch_size=8), **common)

@@ -194,7 +194,7 @@ def test_merged_tokens_are_those_of_transformers(all_served, name):
     assert any(answer["ids"] != served.expected(request, 0.2) for request, answer in zip(batch, found))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_video_is_answered_as_in_transformers(all_served, name):
     served, video = all_served(name), "<|vision_start|><|video_pad|><|vision_end|>"
     asked = {"prompt": f"<s>USER: {video}What moves? ASSISTANT:", "video": served.video}
@@ -204,11 +204,24 @@ def test_a_video_is_answered_as_in_transformers(all_served, name):
     assert found[1]["prompt"] < found[0]["prompt"]
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "qwen3_vl"])
+def test_videos_that_vllm_would_normalise_as_images_are_refused(all_served):
+    """By the numbers of the image processor, where the video processor has others."""
+    served = all_served("qwen3_vl")
+    folder = served.scratch / "other numbers"
+    shutil.copytree(served.folder, folder)
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["video_processor"]["image_mean"] = [0.4, 0.5, 0.5]
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    video = "<|vision_start|><|video_pad|><|vision_end|>"
+    asked = {"prompt": f"<s>USER: {video}What moves? ASSISTANT:", "video": served.video}
+    refused, answered = served.run([[asked], served.batch()[:1]], model=folder)
+    assert "video" in refused["error"] and answered[0]["ids"] == served.expected(served.batch()[0], 0.2)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_a_video_is_refused_where_it_cannot_be_served(all_served, name):
     served = all_served(name)
-    video = "<|vision_start|><|video_pad|><|vision_end|>" if name == "qwen3_vl" else "<video>"
-    asked = {"prompt": f"<s>USER: {video}\nWhat moves? ASSISTANT:", "video": served.video}
+    asked = {"prompt": "<s>USER: <video>\nWhat moves? ASSISTANT:", "video": served.video}
     good = served.batch()[:1]
     refused, answered = served.run([[asked], good])
     assert "video" in refused["error"] and answered[0]["ids"] == served.expected(good[0], 0.2)

@@ -35,6 +35,16 @@ from .vllm_models import RBLInfo, RBLModel, RBLProcessor, flat_part
 
 
 class GridInfo(RBLInfo):
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """vLLM normalises a video's pixels on the device by the numbers of the image processor: no videos where those
+        of the video processor are others."""
+        limits, processor = super().get_supported_mm_limits(), self.get_hf_processor()
+        numbers = [
+            [getattr(part, name, None) for name in ("image_mean", "image_std", "rescale_factor")]
+            for part in (processor.image_processor, processor.video_processor)
+        ]
+        return limits if numbers[0] == numbers[1] else {**limits, "video": 0}
+
     def get_num_image_tokens(self, **size: Any) -> int:
         return self._kept("image", **size)
 
@@ -167,11 +177,7 @@ class Qwen2_5_VLRBLInfo(GridInfo, Qwen2_5_VLProcessingInfo):
 
 
 class Qwen3VLRBLInfo(GridInfo, Qwen3VLProcessingInfo):
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Pruned videos, whose frames stand between timestamps, were seen to be answered otherwise than by
-        transformers: they are refused until that is understood."""
-        limits = super().get_supported_mm_limits()
-        return {**limits, "video": 0} if self.pruning.enabled else limits
+    pass
 
 
 class Qwen2_5_VLRBLProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
