@@ -29,6 +29,7 @@ SETTINGS = {
     "all": {"encode_once": False},
     "all, equal ones once": {},
     "where needed": {"frames": "where_needed"},
+    "where needed, positions kept": {"frames": "where_needed", "keep_positions": True},
 }
 # The first three ask what is seen; the last one how long, which frames that are left out say nothing of.
 ASKED = {"order, first, last": slice(0, 3), "in how many frames": slice(3, 4)}

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from transformers_rbl import PruningConfig, RedundancyCodebook, rbl_class
+from transformers_rbl.models.seam import MASKS
 
 
 sys.path.insert(0, str(Path(__file__).parent))
 from testbeds.answering import answer
 from testbeds.digits.questions import DigitExample, draw_example
 from testbeds.digits.sizes import PATCH, size_of
-from testbeds.tokens import encode
+from testbeds.tokens import features_of, visuals_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,11 @@ def answered(model: Any, tokenizer: Any, examples: list[DigitExample], pruning: 
     right, tiles, kept = [], [], []
     for example in tqdm(examples, leave=False, disable=None):  # one by one: equal tiles of two images would be shared
         rows.clear()
-        features = encode(model, [example], pruning=pruning)
+        inputs, outputs = features_of(model, [example], pruning=pruning)
+        features = visuals_of(model, [example], inputs, outputs)
+        if pruning.keep_positions:
+            masks = outputs[MASKS["video" if example.video else "image"]]
+            features = [[image.placed(mask) for image, mask in zip(features[0], masks)]]
         tiles.append(sum(rows))
         kept.append(sum(len(image) for image in features[0]))
         right.append(answer(model, tokenizer, features, [example])[2][0].float().numpy())

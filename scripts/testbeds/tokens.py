@@ -40,13 +40,13 @@ class Visual:
         places = None if self.places is None else self.places[:, mask]
         return replace(self, tokens=self.tokens[mask], views=tuple(view[mask] for view in self.views), places=places)
 
+    def placed(self, mask: torch.Tensor) -> Visual:
+        """At the places that these tokens have in the whole image, which `mask` `(n,)` bool tells; text behind it."""
+        return replace(self, places=mask.nonzero()[:, 0].expand(3, -1), extent=len(mask))
+
     def numbered(self) -> Visual:
         """With places in the whole image, so that what stays of it keeps them."""
-        return (
-            self
-            if self.places is not None
-            else replace(self, places=torch.arange(len(self)).expand(3, -1), extent=len(self))
-        )
+        return self if self.places is not None else self.placed(torch.ones(len(self), dtype=torch.bool))
 
     def renumbered(self) -> Visual:
         """One after the other, as if there were no gaps and no rows."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from transformers_rbl import PruningConfig
-from transformers_rbl.models.seam import CACHE
+from transformers_rbl.inputs import image_arguments, inputs_with_features
+from transformers_rbl.models.seam import CACHE, can_chunk_images
 
-from .conftest import ALL, GREEDY, RATIO, Answer, Kit, generated, same
+from .conftest import ALL, GREEDY, OFF, RATIO, Answer, Kit, generated, same
 from .tiny import EOS, SPECIAL, words
 
 
@@ -71,3 +72,67 @@ def test_positions_of_the_user_keep_their_gaps_too(kit: Kit):
     positions = torch.arange(inputs["input_ids"].shape[1])[None]
     given = kit.model(**inputs, position_ids=positions, pruning=OWN).logits
     torch.testing.assert_close(given, kit.model(**inputs, pruning=OWN).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "smolvlm"])
+def test_features_that_were_pruned_before_say_that_they_keep_their_positions(kits, name: str):
+    kit = kits(name)
+    inputs = kit.inputs(kit.two)
+    expected = kit.model(**inputs, pruning=OWN).logits
+    images = image_arguments(kit.model, inputs)
+    handed = kit.model.get_image_features(**images, pruning=OWN, return_dict=True)
+    whole = kit.model.get_image_features(**images, pruning=OFF, return_dict=True)
+    later = kit.model.model.prune_image_features(whole, OWN, **images)
+    for features in (handed, later):
+        output = kit.model(**inputs_with_features(kit.model, inputs, features))
+        torch.testing.assert_close(output.logits, expected, atol=2e-4, rtol=0)
+
+
+def test_a_prompt_whose_images_and_videos_disagree_is_refused(kits):
+    kit = kits("llava_next_video")
+    prompt = [*kit.one, kit.case.movies()[0], words(2, 8)]
+    inputs = kit.inputs(prompt)
+    visual = {"image": image_arguments(kit.model, inputs)}
+    visual["video"] = {"pixel_values_videos": inputs.pop("pixel_values_videos")}
+    encoded = {
+        modality: getattr(kit.model, f"get_{modality}_features")(**arguments, pruning=rule, return_dict=True)
+        for (modality, arguments), rule in zip(visual.items(), (OWN, {"keep_ratio": RATIO}))
+    }
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="prune both alike"):
+        kit.model(**text, mm_encoder_outputs=encoded)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 8},
+        {"num_beams": 1, "num_return_sequences": 1, "do_sample": True, "temperature": 1e-4},
+    ],
+    ids=lambda way: next(iter(way)),
+)
+@pytest.mark.parametrize("name", ["llava_next", "mistral3"])
+def test_every_way_to_generate_sees_the_same_positions(kits, name: str, way: dict[str, Any]):
+    kit = kits(name)
+    if "prefill_chunk_size" in way and not can_chunk_images():
+        pytest.skip("This transformers cannot split images over chunks.")
+    inputs = kit.inputs(kit.two)
+    plain = kit.model.generate(**inputs, **FOUR, pruning=OWN)
+    assert torch.equal(kit.model.generate(**inputs, **FOUR | way, pruning=OWN), plain)
+
+
+def test_generate_without_a_cache_is_refused_since_stock_would_read_packed_sequences(kits):
+    kit = kits("llava_next")
+    with pytest.raises(ValueError, match="leave use_cache on"):
+        kit.model.generate(**kit.inputs(kit.two), **FOUR, use_cache=False, pruning=OWN)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "mistral3"])
+def test_beams_of_a_batch_are_those_of_its_prompts(kits, name: str):
+    kit = kits(name)
+    beams = {**FOUR, "num_beams": 3, "num_return_sequences": 2}
+    together = kit.model.generate(**kit.inputs(kit.one, kit.two), **beams, pruning=OWN)[:, -4:]
+    apart = [kit.model.generate(**kit.inputs(prompt), **beams, pruning=OWN)[:, -4:] for prompt in (kit.one, kit.two)]
+    assert torch.equal(together, torch.cat(apart))

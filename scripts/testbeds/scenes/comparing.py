@@ -100,11 +100,6 @@ def with_codebook(book: RedundancyCodebook, ratio: float) -> Rule:
     return choose
 
 
-def at_own_places(tokens: torch.Tensor, mask: torch.Tensor) -> Visual:
-    """The tokens `(kept, d)` of one image where the whole image has them, which `mask` `(n,)` tells; text behind it."""
-    return Visual(tokens, places=mask.nonzero()[:, 0].expand(3, -1), extent=len(mask))
-
-
 @torch.no_grad()
 def ask(
     model: PreTrainedModel,
@@ -118,7 +113,7 @@ def ask(
     right, kept, things = [], [], []
     for encoded in batches:
         tokens, masks = rule(encoded)
-        images = map(at_own_places, tokens, masks) if own_positions else map(Visual, tokens)
+        images = [Visual(image).placed(mask) if own_positions else Visual(image) for image, mask in zip(tokens, masks)]
         bits = answer(model, tokenizer, [[image] for image in images], encoded.examples)[2]
         right += ["".join(str(int(bit)) for bit in row) for row in bits]
         kept.append(masks.float().mean())

@@ -93,6 +93,11 @@ class RBLGenerationMixin(RBLMixin):
             prepared = self.prepare(call, past, pruning, seen)
 
         plan, compact, compact_length = prepared.plan, prepared.call.copy(), 0
+        if plan is not None and plan.keeps_positions and self._option(call, "use_cache") is False:
+            raise ValueError(
+                "Without a cache, stock generate drops a mask that hides nothing, and positions with gaps would be read "
+                "as packed sequences: leave use_cache on, or keep_positions off."
+            )
         if plan is None:
             compact.input_ids, compact.inputs_embeds = call.input_ids, call.inputs_embeds
         else:
