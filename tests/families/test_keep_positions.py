@@ -129,6 +129,20 @@ def test_generate_without_a_cache_is_refused_since_stock_would_read_packed_seque
         kit.model.generate(**kit.inputs(kit.two), **FOUR, use_cache=False, pruning=OWN)
 
 
+def test_gaps_that_flash_attention_would_read_as_packed_sequences_are_refused(kits):
+    """Behind a cache: with the first turn, and in chunks."""
+    kit = kits("llava_next")
+    model, inputs = kit.load(), kit.inputs(kit.one)
+    first = model.generate(**inputs, **FOUR, pruning=OWN, return_dict_in_generate=True)
+    later = kit.inputs([first.sequences[0].tolist(), *kit.two])
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        model.generate(**later, **{CACHE: first[CACHE]}, **FOUR, pruning=OWN)
+    if can_chunk_images():
+        with pytest.raises(ValueError, match="from the second chunk on"):
+            model.generate(**inputs, **FOUR, prefill_chunk_size=8, pruning=OWN)
+
+
 @pytest.mark.parametrize("name", ["llava_next", "mistral3"])
 def test_beams_of_a_batch_are_those_of_its_prompts(kits, name: str):
     kit = kits(name)

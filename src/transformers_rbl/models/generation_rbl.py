@@ -19,7 +19,7 @@ from .memory import Past, forgotten
 from .modeling_rbl import Prepared, RBLMixin, spans
 from .prompt import PromptPlan, PromptReading
 from .pruning import PruningConfig
-from .seam import MODALITIES, Call, as_stock, bound, cache_of, can_chunk_images, stock_positions
+from .seam import MODALITIES, Call, as_stock, bound, cache_of, can_chunk_images, misreads_gaps, stock_positions
 
 
 class RBLGenerationMixin(RBLMixin):
@@ -93,11 +93,8 @@ class RBLGenerationMixin(RBLMixin):
             prepared = self.prepare(call, past, pruning, seen)
 
         plan, compact, compact_length = prepared.plan, prepared.call.copy(), 0
-        if plan is not None and plan.keeps_positions and self._option(call, "use_cache") is False:
-            raise ValueError(
-                "Without a cache, stock generate drops a mask that hides nothing, and positions with gaps would be read "
-                "as packed sequences: leave use_cache on, or keep_positions off."
-            )
+        if plan is not None and plan.keeps_positions:
+            self._check_gaps(call)
         if plan is None:
             compact.input_ids, compact.inputs_embeds = call.input_ids, call.inputs_embeds
         else:
@@ -162,6 +159,19 @@ class RBLGenerationMixin(RBLMixin):
             )
         copies = max(self._option(call, "num_beams", 1), self._option(call, "num_return_sequences", 1))
         self.family.check_generation(call, bool(self._option(call, "prefill_chunk_size")), copies)
+
+    def _check_gaps(self, call: Call) -> None:
+        """Refuse where stock would read positions with gaps as packed sequences."""
+        if self._option(call, "use_cache") is False:
+            raise ValueError(
+                "Without a cache, stock generate drops a mask that hides nothing, and positions with gaps would be "
+                "read as packed sequences: leave use_cache on, or keep_positions off."
+            )
+        if self._option(call, "prefill_chunk_size") and misreads_gaps(self):
+            raise ValueError(
+                "FlashAttention reads positions with gaps as packed sequences from the second chunk on: leave out "
+                "prefill_chunk_size or keep_positions, or load with attn_implementation='sdpa'."
+            )
 
     def _infer_attention_mask(self, call: Call, prompt: torch.Tensor) -> torch.Tensor:
         """As stock `generate` does: padding is told by its id, unless that also ends sequences."""

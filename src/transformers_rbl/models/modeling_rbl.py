@@ -38,6 +38,7 @@ from .seam import (
     check_stock,
     in_a_row,
     is_counted_for,
+    misreads_gaps,
     read_by_stock,
     replaced,
     stock_positions,
@@ -196,6 +197,11 @@ class RBLMixin(LoadingMixin):
             # How many tokens of a partly hidden image stay, and marks of its rows, is for the device to say.
             lost = None if reading.hidden or marked else lost
             plan = PromptPlan(dropped, call.attention_mask, past.length, past.memory, reading, lost, gaps == {True})
+            if plan.keeps_positions and past.entries > 0 and misreads_gaps(self):
+                raise ValueError(
+                    "keep_positions leaves gaps, which transformers' FlashAttention reads as packed sequences behind a "
+                    "cache: load the model with attn_implementation='sdpa', or give pruning= without it here."
+                )
             if reading.hidden:
                 features = {m: _attended(output, slots[m] & ~dropped, plan.kept) for m, output in features.items()}
             self._compact(call, plan)

@@ -456,6 +456,12 @@ def read_by_stock(features: Any, counted: int | None = None) -> Any:
     return read
 
 
+def misreads_gaps(model: Any) -> bool:
+    """Whether attention takes positions with gaps for packed sequences behind a cache too, mask or not: transformers'
+    FlashAttention, for a batch of one."""
+    return "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+
+
 def is_counted_for(length: int, features: Any) -> bool:
     """Whether these are visual tokens and nothing else, and as many as their prompt of this length has places: it is
     noted on the object, which `generate` hands from the encoder to `forward`, and lost on every copy. A prompt that has
