@@ -116,6 +116,17 @@ def test_every_rule_passes_what_holds_for_it(next_family, score, merge, skipped)
     assert {check.name for check in checks if check.result == SKIPPED} == skipped
 
 
+def test_kept_positions_pass_and_closed_ones_in_their_place_are_noticed(next_family, monkeypatch):
+    model, settings = next_family.pruned(), {"loading_info": {}, "keep_positions": True}
+    assert not failed(verify(model, next_family.processor, **settings))
+
+    def as_if_the_model_counted(plan, positions):
+        return None
+
+    monkeypatch.setattr("transformers_rbl.models.modeling_rbl.compact_positions", as_if_the_model_counted)
+    assert ORACLE in failed(verify(model, next_family.processor, **settings))
+
+
 def test_a_rule_that_the_model_cannot_prune_by_is_refused(tmp_path):
     family = make_family("llava_onevision", tmp_path)
     result = rbl(family.folder, "--score", "cls_similarity_low")

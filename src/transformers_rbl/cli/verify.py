@@ -29,6 +29,9 @@ def verify(
     keep_ratio: Annotated[float, typer.Option(help="Share of visual tokens to keep, in (0, 1].")] = 0.2,
     score: Annotated[str, typer.Option(help="Which rule drops tokens, e.g. codebook_dpp.")] = "cosine",
     merge: Annotated[str, typer.Option(help="none, or nearest: average dropped tokens into kept ones.")] = "none",
+    keep_positions: Annotated[
+        bool, typer.Option("--keep-positions", help="What stays keeps its positions; by default gaps close.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
@@ -44,7 +47,7 @@ def verify(
             model = str(default_model())
         except ValueError:
             raise ValueError("No checkout is here to take a model from: give MODEL, a folder or Hub id.") from None
-    report = verify_checkpoint(model, codebook, image, keep_ratio, device, dtype, score, merge)
+    report = verify_checkpoint(model, codebook, image, keep_ratio, device, dtype, score, merge, keep_positions)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -32,6 +32,7 @@ def verify_checkpoint(
     dtype: str = "auto",
     score: str = "cosine",
     merge: str = "none",
+    keep_positions: bool = False,
 ) -> Report:
     """Load a checkpoint once and check the contracts on it.
 
@@ -43,13 +44,16 @@ def verify_checkpoint(
         keep_ratio (`float`, defaults to 0.2): share of visual tokens to keep.
         device (`str`, *optional*): default a GPU if there is one.
         dtype (`str`, defaults to `"auto"`): as in `from_pretrained`.
-        score, merge (`str`): see [`PruningConfig`].
+        score, merge, keep_positions: see [`PruningConfig`].
 
     Raises:
         OSError: if a file is missing or cannot be read.
         ValueError: for a keep ratio, codebook, image or architecture that does not fit.
     """
-    name, pruning = str(model), PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge)
+    name, pruning = (
+        str(model),
+        PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge, keep_positions=keep_positions),
+    )
     picture = drawn_picture() if image is None else open_picture(image)
     prototypes = None if codebook is None else RedundancyCodebook.from_pretrained(codebook)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,6 +64,7 @@ def verify_checkpoint(
         "keep_ratio": str(keep_ratio),
         **({"score": score} if score != "cosine" else {}),
         **({"merge": merge} if merge != "none" else {}),
+        **({"keep_positions": "True"} if keep_positions else {}),
     }
     pruned_class = rbl_class(name)
     processor = AutoProcessor.from_pretrained(name)
@@ -89,6 +94,7 @@ def verify_checkpoint(
         loading_info=loading_info,
         score=score,
         merge=merge,
+        keep_positions=keep_positions,
     )
     return Report(versions(str(loaded.device), str(loaded.dtype)), settings, checks)
 
@@ -102,6 +108,7 @@ def verify(
     loading_info: Mapping[str, Any] | None = None,
     score: str = "cosine",
     merge: str = "none",
+    keep_positions: bool = False,
 ) -> list[Check]:
     """Check the contracts on a loaded model: about a dozen passes over a prompt, half of them over pruned ones.
 
@@ -113,13 +120,13 @@ def verify(
         keep_ratio (`float`, defaults to 0.2): share of visual tokens to keep.
         loading_info (`dict`, *optional*): what `from_pretrained(…, output_loading_info=True)` returned beside the
             model; without it that contract is skipped.
-        score, merge (`str`): see [`PruningConfig`].
+        score, merge, keep_positions: see [`PruningConfig`].
 
     Raises:
         ValueError: for a model of which the stock class cannot share the weights, or without codebook; for a score that
             it cannot prune by.
     """
-    pruning = PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge)
+    pruning = PruningConfig(keep_ratio=keep_ratio, score=score, merge=merge, keep_positions=keep_positions)
     _check_model(model)
     with torch.no_grad():
         picture = drawn_picture() if image is None else image

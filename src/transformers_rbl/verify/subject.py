@@ -137,6 +137,8 @@ class Subject:
             asked = inspect.signature(rope).parameters
             positions, _ = rope(**{name: value for name, value in {**along, **visual}.items() if name in asked})
             compact["position_ids"] = positions[..., self.kept]
+        elif self.pruning.keep_positions:
+            compact["position_ids"] = self.kept.nonzero().T
         parts: dict[str, Any] = {TOKENS: self.model.family.joined("image", [self._stay(self.features)])}
         for name in VIEWS:
             if self.encoded.get(name) is not None:
