@@ -240,7 +240,8 @@ def test_every_command_that_is_written_down_exists():
     for path in written:
         if path.suffix not in (".pyc", ".png"):
             for name, rest in re.findall(r"scripts/testbeds ([a-z][a-z-]*)(.*)", path.read_text()):
-                known = {option for parameter in commands[name].params for option in parameter.opts}
+                parameters = commands[name].params
+                known = {option for each in parameters for option in (*each.opts, *each.secondary_opts)}
                 assert set(re.findall(r"--[a-z-]+", rest)) <= known, (path, rest)
                 seen.add(name)
     assert seen == set(commands)
