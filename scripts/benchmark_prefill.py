@@ -36,7 +36,7 @@ from transformers_rbl import PruningConfig, RedundancyCodebook, kept_token_count
 from transformers_rbl.models.auto_rbl import family_class
 from transformers_rbl.models.modeling_rbl import RBLMixin
 from transformers_rbl.models.scorers import max_cosine
-from transformers_rbl.models.seam import CACHE
+from transformers_rbl.models.seam import CACHE, MASKS, in_a_row
 from transformers_rbl.models.tower_views import up_to_layer
 
 
@@ -45,8 +45,7 @@ PROTOTYPES = 969
 GRIDS = "image_grid_thw"
 RATIOS = (1.0, 0.5, 0.22, 0.11, 0.05)
 WORDS = (range(10, 30), range(30, 50))  # ids before and behind the image
-TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
-ALONG = ("input_ids", "attention_mask", *TYPE_IDS)
+ALONG = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 # Of these there are released shapes too; those of `family_shapes.py` have the small one alone.
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen3_vl")
 # The 7B shape is that of each family's checkpoint; the small one has 8 layers of width 512 behind a small tower.
@@ -200,10 +199,10 @@ def shaped_inputs(model, batch: int, device: str):
     shape = SHAPES[model.config.stock_model_type()]
     pictures = [shape.picture(lambda *size: torch.randn(size, generator=generator)) for _ in range(batch)]
     ids = prompts(pictures[0].ids, batch, device)
-    visual = {name: torch.cat([picture.tensors[name] for picture in pictures]) for name in pictures[0].tensors}
-    visual = {
-        name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in visual.items()
-    }
+    visual = {}
+    for name in pictures[0].tensors:
+        values = torch.cat([picture.tensors[name] for picture in pictures])
+        visual[name] = values.to(device, model.dtype if values.is_floating_point() else None)
     if pictures[0].types is not None:
         visual[pictures[0].types] = torch.zeros_like(ids) if pictures[0].prefix else (ids == IMAGE).long()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **visual}
@@ -264,7 +263,7 @@ def oracle(model, inputs, output):
     modality = "video" if "pixel_values_videos" in inputs else "image"
     visual = {name: value for name, value in inputs.items() if name not in ALONG}
     encode, batch = getattr(model, f"get_{modality}_features"), len(inputs["input_ids"])
-    masks = output["video_keep_masks" if modality == "video" else "keep_masks"]
+    masks = output[MASKS[modality]]
     kept = {name: inputs[name][output.prompt_mask].view(batch, -1) for name in ALONG if name in inputs}
     if GRIDS in inputs:  # where kept tokens lie in their image, as the pruned model would say
         positions, _ = model.model.get_rope_index(
@@ -282,12 +281,6 @@ def oracle(model, inputs, output):
         return model(**kept, mm_encoder_outputs={modality: features}, **PREFILL_ONLY)
 
     return call
-
-
-def in_a_row(tokens) -> torch.Tensor:
-    """`(n, d)` of what a family has per image, tile or frame, or together."""
-    parts = [tokens] if isinstance(tokens, torch.Tensor) else tokens
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 @torch.inference_mode()

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 
-IMAGE, VIDEO, START, END, BREAK, VIDEO_START, VIDEO_END = range(
-    3, 10
-)  # ids of placeholders and marks; words come later
+# Ids of placeholders and marks; words come later.
+IMAGE, VIDEO, START, END, BREAK, VIDEO_START, VIDEO_END = range(3, 10)
 Draw = Callable[..., torch.Tensor]  # random pixels of a shape
 
 

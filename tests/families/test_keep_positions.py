@@ -129,6 +129,13 @@ def test_generate_without_a_cache_is_refused_since_stock_would_read_packed_seque
         kit.model.generate(**kit.inputs(kit.two), **FOUR, use_cache=False, pruning=OWN)
 
 
+def test_mrope_leaves_no_gaps_and_refuses_nothing(kits):
+    kit = kits("qwen3_vl")
+    inputs, closed = kit.inputs(kit.two), {"keep_ratio": RATIO}
+    one, other = (kit.model.generate(**inputs, **FOUR, use_cache=False, pruning=rule) for rule in (closed, OWN))
+    assert torch.equal(one, other)
+
+
 def test_gaps_that_flash_attention_would_read_as_packed_sequences_are_refused(kits):
     """Behind a cache: with the first turn, and in chunks."""
     kit = kits("llava_next")
@@ -152,8 +159,10 @@ def test_beams_of_a_batch_are_those_of_its_prompts(kits, name: str):
     assert torch.equal(together, torch.cat(apart))
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("name", ["llava_next", "gemma3"])
-def test_a_loop_of_forward_calls_goes_on_behind_the_gaps(kits, name: str):
+def test_a_loop_of_forward_calls_goes_on_behind_the_gaps(kits, name: str, given: bool):
+    """Where the model counts, and where the user gives the positions of the unpruned prompt."""
     kit = kits(name)
     inputs = kit.inputs(kit.two)
     state = kit.oracle.prepare(kit.two, RATIO, keep_positions=True)
@@ -161,5 +170,7 @@ def test_a_loop_of_forward_calls_goes_on_behind_the_gaps(kits, name: str):
     for token in words(3, 9):
         state = kit.oracle.add(state, [token])
         more = {kit.case.types: torch.zeros(1, 1, dtype=torch.long)} if kit.case.types else {}
+        if given:
+            more["position_ids"] = torch.tensor([state.places[-1:]])
         output = kit.model(input_ids=torch.tensor([[token]]), **{CACHE: output[CACHE]}, **more)
         torch.testing.assert_close(output.logits[0, -1], kit.oracle.logits(state)[-1], atol=2e-4, rtol=0)

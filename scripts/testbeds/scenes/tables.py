@@ -84,33 +84,26 @@ def shares(results: Results) -> list[str]:
 def differences(results: Results, main: str) -> list[str]:
     """Accuracy of the main codebook minus that of each other rule, in points."""
     lines = head("codebook minus, in points", results.retentions)
-    for name in results.names:
-        if name == main:
-            continue
-        cells = []
-        for ratio in results.retentions:
-            if (name, ratio) not in results.rows or (main, ratio) not in results.rows:
-                cells.append("")
-                continue
-            gap = results.scenes(main, ratio) - results.scenes(name, ratio)
-            cells.append(percent(gap.mean(), *bootstrap_interval(gap), sign="+"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    others = [name for name in results.names if name != main]
+    return lines + [gaps(name, results, main, results, name) for name in others]
 
 
 def gains(results: Results, closed: Results) -> list[str]:
     """What kept positions add to the accuracy of each rule, in points."""
     lines = head("own positions minus closed up, in points", results.retentions)
-    for name in results.names:
-        cells = []
-        for ratio in results.retentions:
-            if (name, ratio) not in results.rows or (name, ratio) not in closed.rows:
-                cells.append("")
-                continue
-            gap = results.scenes(name, ratio) - closed.scenes(name, ratio)
-            cells.append(percent(gap.mean(), *bootstrap_interval(gap), sign="+"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    return lines + [gaps(name, results, name, closed, name) for name in results.names]
+
+
+def gaps(label: str, results: Results, name: str, others: Results, other: str) -> str:
+    """A row: accuracy of a rule minus that of another on the same scenes, in points, where both were asked."""
+    cells = []
+    for ratio in results.retentions:
+        if (name, ratio) not in results.rows or (other, ratio) not in others.rows:
+            cells.append("")
+            continue
+        gap = results.scenes(name, ratio) - others.scenes(other, ratio)
+        cells.append(percent(gap.mean(), *bootstrap_interval(gap), sign="+"))
+    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def things_kept(results: Results) -> list[str]:

@@ -1,4 +1,4 @@
-"""Positions of a compact prompt: 1-D ones close up, those of images with m-RoPE stay what they were."""
+"""Positions of a compact prompt: 1-D ones close up, or stay with gaps; those of images with m-RoPE always stay."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .prompt import PromptPlan
 
 
 def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions of the tokens that stay. With `plan.keeps_positions` those of the unpruned prompt.
+    """Positions of the tokens that stay.
 
     Args:
-        plan ([`PromptPlan`]): which ones.
+        plan ([`PromptPlan`]): which ones. Where it `keeps_positions`, 1-D ones are those of the unpruned prompt.
         position_ids (`torch.LongTensor` of shape `(batch or 1, n)` or `(3 or 4, batch, n)`, *optional*): original ones.
             1-D: gaps are closed, as upstream does; where positions restart (packed sequences), those of that sequence
             alone. m-RoPE `(t, h, w)`: a kept token stays where it lies in its image, and text where the unpruned prompt
@@ -21,16 +21,12 @@ def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> to
         Positions `(batch, compact)` or `(3 or 4, batch, compact)`. Without `position_ids` the cache's go on; None where
         there is no cache, since a language model then counts by itself.
     """
-    if plan.keeps_positions and (position_ids is None or position_ids.ndim == 2):
-        if position_ids is None:
-            first = plan.past.next_position + plan.decoded.sum(-1)
-            position_ids = first[:, None] + (plan.kept | plan.dropped).long().cumsum(-1) - 1
-            return plan.take(position_ids)
-        return plan.take(position_ids.expand(len(plan.index), -1) - plan.past.dropped[:, None])
     if position_ids is None:
+        first = plan.past.next_position + plan.decoded.sum(-1)
+        if plan.keeps_positions:
+            return plan.take(first[:, None] + (plan.kept | plan.dropped).long().cumsum(-1) - 1)
         if plan.index.numel() == 0 or plan.attention_mask.shape[1] == plan.mask.shape[1]:
             return None
-        first = plan.past.next_position + plan.decoded.sum(-1)
         return (first[:, None] + plan.mask.long().cumsum(-1) - 1).clamp(min=0)
     rows = len(plan.index)
     if position_ids.ndim == 3:
@@ -38,13 +34,15 @@ def compact_positions(plan: PromptPlan, position_ids: torch.Tensor | None) -> to
         if len(taken) == 4:  # the first row numbers tokens for the causal mask: gaps would mean packed sequences
             taken[0] = (plan.attention_mask.long().cumsum(-1) - 1)[:, -plan.mask.shape[1] :].clamp(min=0)
         return taken
-    position_ids = position_ids.expand(rows, -1)
+    position_ids = position_ids.expand(rows, -1) - plan.past.dropped[:, None]
+    if plan.keeps_positions:
+        return plan.take(position_ids)
     starts = torch.ones_like(plan.kept)
     starts[:, 1:] = (position_ids[:, 1:] <= position_ids[:, :-1]) | ~(plan.kept | plan.dropped)[:, :-1]
     dropped_before = plan.dropped.long().cumsum(-1) - plan.dropped.long()
     # Never decreasing along a row, so the running maximum over starts is the value at the latest start.
     at_start = dropped_before.masked_fill(~starts, 0).cummax(-1).values
-    return plan.take(position_ids - (dropped_before - at_start) - plan.past.dropped[:, None])
+    return plan.take(position_ids - (dropped_before - at_start))
 
 
 def next_position(plan: PromptPlan, position_ids: torch.Tensor | None) -> torch.Tensor:
