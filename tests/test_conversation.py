@@ -318,6 +318,8 @@ def test_random_turns_equal_starting_over(family, pruned, turns, name, by_forwar
         turns = [[rows[0], rows[0]] if "<image>" in rows[0] else rows for rows in turns]
         turns = [[row.replace("<image><image>", "<image>") for row in rows] for rows in turns]
     images, used = family.images(12, seed), 0
+    # A placeholder in an answer is an image without pixels in the next turn: stock's own limit.
+    greedy = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [pruned.config.image_token_id]}
     history, mask = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
     cache, by_row = None, [[], []]
     for rows in turns:
@@ -332,7 +334,7 @@ def test_random_turns_equal_starting_over(family, pruned, turns, name, by_forwar
         every = [image for row in by_row for image in row]
         pixels = dict(family.processor.image_processor(every, return_tensors="pt")) if every else {}
         over = pruned(input_ids=history, attention_mask=mask, **pixels)
-        fresh = pruned.generate(input_ids=history, attention_mask=mask, **pixels, max_new_tokens=4, do_sample=False)
+        fresh = pruned.generate(input_ids=history, attention_mask=mask, **pixels, **greedy)
         given_cache = {} if cache is None else {name: cache}
         if by_forward:
             step = pruned(input_ids=new.input_ids, attention_mask=mask, **visual(new), **given_cache, use_cache=True)
@@ -345,9 +347,8 @@ def test_random_turns_equal_starting_over(family, pruned, turns, name, by_forwar
                 attention_mask=mask,
                 **visual(new),
                 **given_cache,
-                max_new_tokens=4,
+                **greedy,
                 eos_token_id=None,
-                do_sample=False,
                 return_dict_in_generate=True,
             )
             ends = fresh.shape[1]
